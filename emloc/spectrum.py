@@ -81,6 +81,7 @@ class Spectrum:
         return f"Spectrum of a ({out}, {self.right.shape[1]}) weight: {k} directions; {half} of them leave an output error of 50%"
 
 # %% ../nbs/10_spectrum.ipynb #b14852fb
+@torch.no_grad()
 def decompose(
     weight: torch.Tensor, # (out, in)
     gram: Gram, # of the inputs of this weight, (in, in)
