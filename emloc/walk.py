@@ -5,10 +5,12 @@
 # %% ../nbs/02_walk.ipynb #6572fa8a
 from __future__ import annotations
 
+import inspect
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -16,7 +18,7 @@ from .data import EmlocError, collator, encode_rows, load_tokenizer
 from .model import Checkpoint, block_names, empty, fill, linears, skeleton
 
 # %% auto #0
-__all__ = ['stand_ins', 'hidden_of', 'with_hidden', 'make_batches', 'Walk', 'Step']
+__all__ = ['stand_ins', 'hidden_of', 'with_hidden', 'make_batches', 'keep_last', 'completion_losses', 'Walk', 'Step']
 
 # %% ../nbs/02_walk.ipynb #7ffe3828
 class _Stop(Exception):
@@ -59,6 +61,25 @@ def make_batches(
     return [collate([rows[i] for i in chunk]) for chunk in chunks], chunks
 
 # %% ../nbs/02_walk.ipynb #411af13d
+def keep_last(
+    model, # a causal language model
+    labels: torch.Tensor, # (rows, tokens), -100 where there is nothing to predict
+) -> dict: # keyword arguments for its forward
+    "Ask for the logits from the first position that predicts a completion, where the model can do that."
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters: return {}
+    positions = (labels >= 0).any(0).nonzero()
+    return {"logits_to_keep": int(labels.shape[1] - max(int(positions[0]) - 1, 0))} if len(positions) else {}
+
+def completion_losses(
+    logits: torch.Tensor, # (rows, positions, vocabulary), the last positions of the batch
+    labels: torch.Tensor, # (rows, tokens), -100 where there is nothing to predict
+) -> tuple: # (negative log-likelihoods in nats (rows,), completion tokens (rows,))
+    "What each row's completion costs, in float32."
+    logits, labels = logits[:, :-1].float(), labels[:, -(logits.shape[1] - 1):].to(logits.device)
+    losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
+    return losses.sum(1), (labels >= 0).sum(1)
+
+# %% ../nbs/02_walk.ipynb #03a110b6
 class Walk:
     "A model on disk, walked block by block with a set of rows."
     def __init__(
@@ -97,7 +118,7 @@ class Walk:
         return int(sum(b["attention_mask"].sum() for b in self.batches))
 
     @torch.no_grad()
-    def _run(self, number: int, index: int, variant: int = 0):
+    def _run(self, number: int, index: int, variant: int = 0, **more):
         "The model's own forward on one batch, with only block `index` real; index = len(self) gives the model's output."
         batch = {k: v.to(self.device) for k, v in self.batches[number].items() if k != "labels"}
         kept = self.hidden[variant][number]
@@ -113,15 +134,18 @@ class Walk:
             if index == len(self) and i == index - 1: hidden = kept.to(self.device)
             return (hidden,) if self.tuples.get(type(self.blocks[i]), False) else hidden
         with stand_ins(self.blocks, call):
-            try: return self.model(**batch, use_cache=False)
+            try: return self.model(**batch, use_cache=False, **more)
             except _Stop: return found[0]
 
     def outputs(
         self,
         variant: int = 0, # which hidden states
-    ): # yields (batch, logits of shape (rows, tokens, vocabulary))
+        whole: bool = False, # logits of all positions, and not only of those that predict a completion
+    ): # yields (batch, logits of shape (rows, positions, vocabulary)); the positions are the last ones of the batch
         "After the last block: the model's own norm and head on the hidden states, batch by batch."
-        for number, batch in enumerate(self.batches): yield batch, self._run(number, len(self), variant).logits
+        for number, batch in enumerate(self.batches):
+            keep = {} if whole else keep_last(self.model, batch["labels"])
+            yield batch, self._run(number, len(self), variant, **keep).logits
 
     def save(self, file: Path, index: int):
         "Keep the hidden states that go into block `index`, to resume there."
@@ -140,7 +164,7 @@ class Walk:
         self.tuples = {type(m): flags[type(m).__name__] == "1" for m in self.blocks}
         self.start = index
 
-# %% ../nbs/02_walk.ipynb #780236b2
+# %% ../nbs/02_walk.ipynb #507a0183
 class Step:
     "One block of a walk while it is in memory."
     def __init__(self, walk: Walk, index: int, name: str, block):
