@@ -1,8 +1,11 @@
 """EMLoC: fine-tune the model you can only just run. Import this before `from_pretrained` of an emulator."""
 __version__ = "0.1.0"
 
-from emloc import adapter, data, emulator, finetune, model, rank, spectrum, walk
+from emloc import adapter, correct, data, emulator, evaluate, finetune, memory, merge, model, rank, spectrum, walk
+from emloc.correct import correct_adapter
 from emloc.data import EmlocError, Task, load_task
 from emloc.emulator import build_emulator, load_emulator
+from emloc.evaluate import alignment_report, evaluate_task
 from emloc.finetune import load_adapter, train_adapter
+from emloc.merge import merge_adapter
 from emloc.model import default_model

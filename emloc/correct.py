@@ -141,7 +141,7 @@ def project_inputs(
     if missing: raise EmlocError(f"{sorted(missing)[0]}: no calibration token reached this layer; give more or other rows, or use mode 'clamp'")
 
 # %% ../nbs/30_correct.ipynb #85eec8fd
-CANDIDATES = [("none", 1.0), ("none", 1.4), ("clamp", 1.0), ("gram", 0.7), ("gram", 1.0), ("gram", 1.4), ("gram", 2.0)]
+CANDIDATES = [("none", 1.0), ("none", 1.4), ("none", 2.0), ("clamp", 1.0), ("gram", 1.0), ("gram", 1.4), ("gram", 2.0), ("gram", 2.8)]
 
 def add_lora(
     step: Step, # a block in memory
