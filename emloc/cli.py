@@ -238,5 +238,4 @@ def main(
     return 0
 
 # %% ../nbs/70_cli.ipynb #1e8caa1d
-#| eval: false
-if __name__ == "__main__": sys.exit(main())
+if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

@@ -83,9 +83,9 @@ class Demo:
         self.report.rows.append(row)
         self.say(f"{name}: accuracy {row['accuracy']:.3f}, NLL {row['nll']:.3f}")
 
-    def emulate(self, ratio: float, calibration_rows: int) -> Path:
+    def emulate(self, ratio: float, calibration_rows: int, seed: int) -> Path:
         "Stage 1."
-        calibration = self.task.calibration(calibration_rows)
+        calibration = self.task.calibration(calibration_rows, seed)
         path = self.stage(f"1 emulator (ratio {ratio:g})", lambda: build_emulator("default", calibration, self.out / "emulator", ratio=ratio))
         self.report.model_bytes, self.report.model_parameters = weight_bytes(self.model)
         self.report.emulator_bytes, self.report.emulator_parameters = weight_bytes(path)
@@ -141,7 +141,7 @@ def run_demo(
     demo.report.settings = {"model": str(demo.model), "task": "bbc", "ratio": ratio, "rows": rows, "seed": seed, "steps": steps, "threads": torch.get_num_threads()}
     demo.out.mkdir(parents=True, exist_ok=True)
     demo.score("model untouched", demo.model)
-    emulator = demo.emulate(ratio, 256)
+    emulator = demo.emulate(ratio, 256, seed)
     raw = demo.finetune(emulator, steps=steps, seed=seed)
     demo.score("emulator with LoRA", emulator, raw)
     for mode in MODES: demo.score(f"model, LoRA corrected: {mode}", demo.model, demo.correct(emulator, raw, mode))

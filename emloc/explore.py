@@ -5,8 +5,14 @@
 # %% ../nbs/60_explore.ipynb #999a10d7
 from __future__ import annotations
 
+import base64
+import html
+import io
+
+import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import torch
+from IPython.display import display
 from matplotlib.figure import Figure
 
 from .spectrum import Spectrum
@@ -15,10 +21,48 @@ BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#c
 COLOURS = {"none": GREY, "clamp": ORANGE, "gram": BLUE, "auto": GREEN}
 
 # %% auto #0
-__all__ = ['BLUE', 'ORANGE', 'GREEN', 'PINK', 'SKY', 'RED', 'GREY', 'COLOURS', 'spectrum_figure', 'by_block', 'heat',
-           'rank_figure', 'error_figure', 'candidate_figure', 'score_figure', 'alignment_figure']
+__all__ = ['BLUE', 'ORANGE', 'GREEN', 'PINK', 'SKY', 'RED', 'GREY', 'COLOURS', 'png', 'panel', 'play', 'spectrum_figure',
+           'by_block', 'heat', 'rank_figure', 'error_figure', 'candidate_figure', 'score_figure', 'alignment_figure']
 
 # %% ../nbs/60_explore.ipynb #a2d914fa
+def png(
+    figure: Figure, # closed afterwards
+    dpi: int = 80,
+) -> bytes:
+    "A figure as a PNG file."
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=dpi)
+    plt.close(figure)
+    return buffer.getvalue()
+
+def panel(
+    draw, # function of the controls' values -> Figure, or text
+    **controls, # name = what ipywidgets makes a control of
+) -> widgets.VBox: # with the controls, the picture and a line for messages
+    "A figure that is drawn again whenever a control moves."
+    picture, message = widgets.Image(format="png"), widgets.HTML()
+    def redraw(**values):
+        try: drawn = draw(**values)
+        except Exception as error: message.value = f"<b role='alert'>{type(error).__name__}: {html.escape(str(error))}</b>"
+        else:
+            message.value = f"<pre>{html.escape(drawn)}</pre>" if isinstance(drawn, str) else ""
+            if not isinstance(drawn, str): picture.value = png(drawn)
+    *children, _ = (box := widgets.interactive(redraw, **controls)).children
+    redraw(**{child._kwarg: child.value for child in children})
+    for child in children: child.description_allow_html = False
+    result = widgets.VBox([*children, picture, message])
+    result.controls, result.picture, result.message = {c._kwarg: c for c in children}, picture, message
+    result._box = box # keeps the callbacks alive
+    return result
+
+def play(draw, **controls):
+    "Show a `panel`; its first picture is stored with it for pages without a kernel."
+    with plt.ioff(): shown = panel(draw, **controls)
+    static = {"image/png": base64.b64encode(shown.picture.value).decode()} if shown.picture.value else {"text/html": shown.message.value}
+    display({"application/vnd.jupyter.widget-view+json": {"version_major": 2, "version_minor": 0, "model_id": shown.model_id},
+             "text/plain": f"{draw.__name__}: controls {', '.join(shown.controls)}", **static}, raw=True)
+
+# %% ../nbs/60_explore.ipynb #27e332ed
 def spectrum_figure(
     spectrum: Spectrum,
     rank: int | None = None, # marked, with the error that it leaves
@@ -46,7 +90,7 @@ def spectrum_figure(
     figure.tight_layout()
     return figure
 
-# %% ../nbs/60_explore.ipynb #a11aa669
+# %% ../nbs/60_explore.ipynb #9f1e3028
 def by_block(
     values: dict, # {module name: number}
 ) -> tuple: # (names of the weights, table (weights, blocks) with NaN where there is none)
@@ -99,7 +143,7 @@ def error_figure(
     figure.tight_layout()
     return figure
 
-# %% ../nbs/60_explore.ipynb #202eb5ba
+# %% ../nbs/60_explore.ipynb #7b83a630
 def candidate_figure(
     candidates: list, # dicts with mode, strength, nll
 ) -> Figure:

@@ -5,7 +5,8 @@
 # %% ../nbs/20_finetune.ipynb #c925dfc0
 from __future__ import annotations
 
-import shutil
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -13,14 +14,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from .adapter import Adapter, check_lora, check_shapes, read_adapter, resolve_targets, write_adapter
+from .adapter import check_lora, check_shapes, read_adapter, resolve_targets, write_adapter
 from .data import EmlocError, collator, encode_rows, load_tokenizer
 from .emulator import LowRankLinear, emulator_config, load_emulator
 from .model import block_linears, check_out, dense_weight, new_directory
 
 # %% auto #0
-__all__ = ['LowRankLora', 'register_pairs', 'pair_names', 'block_linears_or_none', 'lora_config', 'wrap', 'training_args',
-           'train_lora', 'train_adapter', 'save_raw', 'load_adapter']
+__all__ = ['LowRankLora', 'register_pairs', 'quiet_peft', 'pair_names', 'block_linears_or_none', 'lora_config', 'wrap',
+           'training_args', 'train_lora', 'train_adapter', 'save_raw', 'load_adapter']
 
 # %% ../nbs/20_finetune.ipynb #4a7bab60
 class LowRankLora(LoraLinear):
@@ -41,7 +42,15 @@ def register_pairs(
     lora._register_custom_module({LowRankLinear: LowRankLora})
     return lora
 
-# %% ../nbs/20_finetune.ipynb #84145718
+# %% ../nbs/20_finetune.ipynb #4b14a2b6
+@contextmanager
+def quiet_peft():
+    "PEFT warns of every layer that is not torch's own; ours are meant."
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Unsupported layer type")
+        yield
+
+# %% ../nbs/20_finetune.ipynb #2222fed9
 def pair_names(
     model, # an emulator
 ) -> list: # names of all linears of its blocks, low-rank or dense
@@ -69,9 +78,9 @@ def wrap(
     lora = lora or lora_config()
     check_lora(lora)
     lora.target_modules = resolve_targets(emulator, lora.target_modules, pair_names(emulator))
-    return get_peft_model(emulator, register_pairs(lora))
+    with quiet_peft(): return get_peft_model(emulator, register_pairs(lora))
 
-# %% ../nbs/20_finetune.ipynb #88cc19f2
+# %% ../nbs/20_finetune.ipynb #58e397b3
 def training_args(
     out, # where checkpoints go
     *,
@@ -105,7 +114,7 @@ def train_lora(
     run.train(resume_from_checkpoint=True if resume else None)
     return run
 
-# %% ../nbs/20_finetune.ipynb #58e397b3
+# %% ../nbs/20_finetune.ipynb #56d68e92
 def train_adapter(
     emulator, # an emulator directory
     train, # rows with prompt and completion
@@ -144,7 +153,7 @@ def save_raw(
     adapter.info = {"emulator": str(emulator), "model": source.base_model, "model_fingerprint": source.base_fingerprint}
     write_adapter(adapter, folder)
 
-# %% ../nbs/20_finetune.ipynb #f7186794
+# %% ../nbs/20_finetune.ipynb #b1d48aff
 def load_adapter(
     model: PreTrainedModel, # an emulator, or the whole model; changed in place by PEFT
     path, # an adapter directory
@@ -159,7 +168,7 @@ def load_adapter(
         if getattr(module, "weight", None) is not None: shapes[n] = tuple(dense_weight(module).shape)
     check_shapes(adapter, shapes, f"this {type(model).__name__}")
     adapter.config.inference_mode = not trainable
-    wrapped = PeftModel.from_pretrained(model, path, config=register_pairs(adapter.config), is_trainable=trainable)
+    with quiet_peft(): wrapped = PeftModel.from_pretrained(model, path, config=register_pairs(adapter.config), is_trainable=trainable)
     loaded = {n.removeprefix("base_model.model.").removesuffix(".lora_A.default") for n, _ in wrapped.named_modules() if n.endswith(".lora_A.default")}
     if set(adapter.pairs) - loaded: raise EmlocError(f"adapter {path}: {sorted(set(adapter.pairs) - loaded)[0]} found no place in the model")
     return wrapped
