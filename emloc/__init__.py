@@ -1,6 +1,8 @@
 """EMLoC: fine-tune the model you can only just run. Import this before `from_pretrained` of an emulator."""
 __version__ = "0.1.0"
 
+from importlib import import_module
+
 from emloc import adapter, correct, data, emulator, evaluate, finetune, memory, merge, model, rank, spectrum, walk
 from emloc.correct import correct_adapter
 from emloc.data import EmlocError, Task, load_task
@@ -9,3 +11,9 @@ from emloc.evaluate import alignment_report, evaluate_task
 from emloc.finetune import load_adapter, train_adapter
 from emloc.merge import merge_adapter
 from emloc.model import default_model
+
+
+def __getattr__(name):
+    # modules that bring matplotlib and widgets are imported when they are asked for
+    if name in ("cli", "demo", "explore"): return import_module(f"emloc.{name}")
+    raise AttributeError(f"module 'emloc' has no attribute {name!r}")

@@ -15,6 +15,7 @@ import torch
 import yaml
 
 from .adapter import read_adapter
+from .anchor import STORED, Anchors, compute_anchors
 from .correct import MODES, correct_adapter
 from .data import EmlocError, load_task
 from .demo import run_demo
@@ -26,8 +27,8 @@ from .model import Checkpoint, check_out, find_model
 from .rank import by_spectrum, check_ratio
 
 # %% auto #0
-__all__ = ['STAGES', 'emulate', 'finetune', 'parse_pattern', 'correct', 'merge', 'evaluate', 'demo', 'as_words', 'read_config',
-           'run', 'Parser', 'options', 'parser', 'describe', 'main']
+__all__ = ['STAGES', 'emulate', 'finetune', 'anchored_rows', 'anchor', 'parse_pattern', 'correct', 'merge', 'evaluate', 'demo',
+           'as_words', 'read_config', 'run', 'Parser', 'options', 'parser', 'describe', 'main']
 
 # %% ../nbs/70_cli.ipynb #d1399db6
 def emulate(args) -> dict:
@@ -58,8 +59,31 @@ def finetune(args) -> dict:
     training = training_args(checkpoints, steps=args.steps, lr=args.lr, batch_size=args.batch_size, seed=args.seed, report_to=args.report_to,
                              gradient_accumulation_steps=args.accumulation, gradient_checkpointing=args.gradient_checkpointing, **saving)
     print(f"LoRA of rank {args.rank} on {args.emulator}: {args.steps} steps of {args.batch_size * args.accumulation} of the {len(task.train)} rows of {args.task}")
-    out = train_adapter(args.emulator, task.train, args.out, lora=lora, args=training, resume=args.resume, max_length=args.max_length)
+    rows, anchors = anchored_rows(args, task)
+    out = train_adapter(args.emulator, rows, args.out, lora=lora, args=training, anchors=anchors, resume=args.resume, max_length=args.max_length)
     return {"adapter": str(out), "layers": len(read_adapter(out).pairs)}
+
+def anchored_rows(args, task) -> tuple: # (rows to train on, directory of anchors or None)
+    "The training rows, and their anchors if they are wanted: stored ones, or made now for as many rows as the steps will see."
+    if args.anchors:
+        count = len(Anchors(args.anchors).info["lengths"])
+        if count > len(task.train): raise EmlocError(f"anchors {args.anchors}: they are for {count} rows and the task has {len(task.train)}; make them again for this task")
+        return task.train.select(range(count)), args.anchors
+    if not args.anchor_every: return task.train, None
+    rows = task.train.select(range(min(len(task.train), args.steps * args.batch_size * args.accumulation)))
+    folder, model = Path(f"{args.out}.anchors"), args.model or emulator_config(args.emulator).base_model
+    if not (folder / "anchors.json").is_file():
+        compute_anchors(args.emulator, model, rows, folder, every=args.anchor_every, stored=args.anchor_stored, max_length=args.max_length)
+    return rows, folder
+
+def anchor(args) -> dict:
+    "Store what EMULATOR leaves out of every block, for the training rows of TASK."
+    task = load_task(args.task)
+    rows = task.train.select(range(min(args.rows or len(task.train), len(task.train))))
+    print(f"anchors of {len(rows)} rows of {args.task}, after every {args.every} blocks of {args.model}")
+    out = compute_anchors(args.emulator, args.model, rows, args.out, every=args.every, stored=args.stored, resume=not args.restart,
+                          batch_size=args.batch_size, max_length=args.max_length, device=args.device)
+    return {"anchors": str(out), "bytes": Anchors(out).info["bytes"], "rows": len(rows)}
 
 def parse_pattern(text: list) -> dict: # {pattern: number} from words like q_proj=16
     "Rank or alpha patterns from the command line."
@@ -173,6 +197,13 @@ def parser() -> Parser:
     c.add_argument("--ranks", choices=["uniform", "spectrum"], default="uniform", help="one ratio for all weights, or as the spectra ask")
     c.add_argument("--rows", type=int, default=256, help="calibration rows")
     c.add_argument("--restart", action="store_true", help="do not go on with an unfinished run")
+    c = options(sub, "anchor", anchor, ["emulator"], "anchors")
+    c.add_argument("--task", required=True, help="whose training rows are anchored")
+    c.add_argument("--model", required=True, help="the whole model")
+    c.add_argument("--every", type=int, default=1, help="an anchor after each so many blocks")
+    c.add_argument("--stored", choices=list(STORED), default="bfloat16", help="how a residual is stored")
+    c.add_argument("--rows", type=int, help="only so many training rows; by default all")
+    c.add_argument("--restart", action="store_true", help="do not go on with an unfinished run")
     c = options(sub, "finetune", finetune, ["emulator", "task"], "adapter-raw")
     c.set_defaults(batch_size=8)
     c.add_argument("--steps", type=int, default=150, help="optimizer steps")
@@ -189,6 +220,10 @@ def parser() -> Parser:
     c.add_argument("--save-steps", type=int, default=0, help="write a checkpoint every so many steps; 0 for none")
     c.add_argument("--checkpoints", help="where checkpoints go; by default OUT.checkpoints")
     c.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    c.add_argument("--anchors", help="directory that `emloc anchor` wrote for these rows")
+    c.add_argument("--anchor-every", type=int, default=0, help="make anchors now, after each so many blocks; 0 for none")
+    c.add_argument("--anchor-stored", choices=list(STORED), default="bfloat16", help="how anchors made now are stored")
+    c.add_argument("--model", help="the whole model, for --anchor-every; by default the one that the emulator names")
     c.add_argument("--report-to", default="none", help="tensorboard, wandb, … as the Trainer knows them")
     c = options(sub, "correct", correct, ["adapter"], "adapter")
     c.add_argument("--emulator", required=True, help="the emulator that the adapter was trained on")
@@ -204,7 +239,7 @@ def parser() -> Parser:
     c.add_argument("--rows", type=int, help="only so many test rows")
     options(sub, "run", run, ["config"], walk=False)
     for name in ("emulate", "finetune", "correct", "demo"): sub.choices[name].add_argument("--seed", type=int, default=0, help="of rows and training")
-    for name in ("emulate", "correct"): sub.choices[name].add_argument("--device", help="where a block runs; by default the GPU if there is one")
+    for name in ("emulate", "anchor", "correct"): sub.choices[name].add_argument("--device", help="where a block runs; by default the GPU if there is one")
     return top
 
 # %% ../nbs/70_cli.ipynb #3a36a140

@@ -28,7 +28,7 @@ from .walk import Step, Walk
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'README', 'LowRankLinear', 'EmulatorConfig', 'EmulatorQuantizer', 'put_pairs', 'emulator_config',
+__all__ = ['log', 'README', 'LowRankLinear', 'EmulatorConfig', 'EmulatorQuantizer', 'tolerant', 'put_pairs', 'emulator_config',
            'load_emulator', 'emulator_weight', 'build_block', 'choose_ranks', 'open_partial', 'write_json',
            'finish_emulator', 'block_file', 'check_calibration', 'build_emulator', 'collect_spectra']
 
@@ -67,10 +67,22 @@ class EmulatorQuantizer(HfQuantizer):
     "Puts the pairs in place before transformers loads the weights."
     requires_calibration = True
 
-    def _process_model_before_weight_loading(self, model, **kwargs): put_pairs(model, self.quantization_config.ranks)
+    def _process_model_before_weight_loading(self, model, **kwargs):
+        put_pairs(model, self.quantization_config.ranks)
+        model._init_weights = tolerant(model._init_weights)
     def is_serializable(self): return True
     @property
     def is_trainable(self): return True
+
+def tolerant(
+    initialise, # a model's _init_weights
+): # the same, for a model with pairs
+    "Some architectures re-initialise `child.weight` of their blocks (GPT-2's c_proj); a pair has none, and is loaded anyway."
+    def call(module):
+        try: initialise(module)
+        except AttributeError:
+            if not any(isinstance(child, LowRankLinear) for child in module.children()): raise
+    return call
 
 def put_pairs(
     model: nn.Module, # a model or skeleton, changed in place

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -15,13 +15,15 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from .adapter import check_lora, check_shapes, read_adapter, resolve_targets, write_adapter
+from .anchor import Anchors
 from .data import EmlocError, collator, encode_rows, load_tokenizer
 from .emulator import LowRankLinear, emulator_config, load_emulator
 from .model import block_linears, check_out, dense_weight, new_directory
+from .walk import keep_last
 
 # %% auto #0
-__all__ = ['LowRankLora', 'register_pairs', 'quiet_peft', 'pair_names', 'block_linears_or_none', 'lora_config', 'wrap',
-           'training_args', 'train_lora', 'train_adapter', 'save_raw', 'load_adapter']
+__all__ = ['LowRankLora', 'register_pairs', 'quiet_peft', 'pair_names', 'lora_config', 'wrap', 'training_args', 'train_lora',
+           'AdapterTrainer', 'train_adapter', 'save_raw', 'load_adapter']
 
 # %% ../nbs/20_finetune.ipynb #4a7bab60
 class LowRankLora(LoraLinear):
@@ -55,11 +57,7 @@ def pair_names(
     model, # an emulator
 ) -> list: # names of all linears of its blocks, low-rank or dense
     "What a LoRA on an emulator can be put on."
-    return [*(n for n, m in model.named_modules() if isinstance(m, LowRankLinear)), *block_linears_or_none(model)]
-
-def block_linears_or_none(model) -> list:
-    try: return list(block_linears(model))
-    except EmlocError: return []
+    return [*(n for n, m in model.named_modules() if isinstance(m, LowRankLinear)), *block_linears(model)]
 
 def lora_config(
     rank: int = 8, # r
@@ -103,18 +101,32 @@ def train_lora(
     tokenizer, # of the model
     resume: bool = False, # go on from the last checkpoint in args.output_dir
     max_length: int = 512, # tokens
+    anchors: Anchors | None = None, # residuals of these rows, added at the blocks' ends
     **trainer, # any other option of transformers.Trainer: callbacks, eval_dataset, optimizers, …
 ) -> Trainer: # after training; its state has the log
     "The Trainer's loop on rows with the prompt masked."
-    data = encode_rows(rows, tokenizer, max_length)
+    data, collate = encode_rows(rows, tokenizer, max_length), anchors.collator(tokenizer) if anchors else collator(tokenizer)
+    if anchors: data, args.remove_unused_columns = data.add_column("row", list(range(len(data)))), False
     if trainer.get("eval_dataset") is not None: trainer["eval_dataset"] = encode_rows(trainer["eval_dataset"], tokenizer, max_length)
     if args.gradient_checkpointing: model.enable_input_require_grads()
     model.config.use_cache = False
-    run = Trainer(model=model, args=args, train_dataset=data, **{"data_collator": collator(tokenizer)} | trainer)
-    run.train(resume_from_checkpoint=True if resume else None)
+    run = AdapterTrainer(model=model, args=args, train_dataset=data, **{"data_collator": collate} | trainer)
+    run.anchors = anchors
+    with anchors.attached(model) if anchors else nullcontext(): run.train(resume_from_checkpoint=True if resume else None)
     return run
 
-# %% ../nbs/20_finetune.ipynb #56d68e92
+# %% ../nbs/20_finetune.ipynb #fe8bd33b
+class AdapterTrainer(Trainer):
+    "A Trainer that computes the logits of completions only, and whose batches may bring anchors."
+    anchors = None
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        residuals = inputs.pop("anchors", None)
+        if self.anchors: self.anchors.current = residuals
+        keep = keep_last(model, inputs["labels"])
+        if keep: inputs |= keep | {"labels": inputs["labels"][:, -keep["logits_to_keep"]:]}
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+# %% ../nbs/20_finetune.ipynb #1601cc3c
 def train_adapter(
     emulator, # an emulator directory
     train, # rows with prompt and completion
@@ -122,12 +134,11 @@ def train_adapter(
     *,
     lora: LoraConfig | None = None, # by default lora_config()
     args: TrainingArguments | None = None, # by default training_args(out + '.checkpoints')
-    anchors=None, # reserved for residuals that make the emulator exact at LoRA = 0
+    anchors=None, # a directory of compute_anchors for these rows
     resume: bool = False, # go on from the last checkpoint in args.output_dir
     **trainer, # any other option of transformers.Trainer, and max_length (tokens)
 ) -> Path: # a PEFT adapter directory, for the emulator: not yet corrected
     "Stage 2: a LoRA trained on the emulator. Raises `EmlocError` for rows, targets or LoRA options that cannot work."
-    if anchors is not None: raise EmlocError("anchors are not supported yet; train without them")
     out, source = check_out(out), emulator_config(emulator)
     if len(train) == 0: raise EmlocError("there are no training rows; give at least one")
     args = args or training_args(f"{out}.checkpoints")
@@ -135,9 +146,13 @@ def train_adapter(
     model = wrap(load_emulator(emulator), lora)
     if resume and not list(Path(args.output_dir).glob("checkpoint-*")):
         raise EmlocError(f"{args.output_dir}: there is no checkpoint here to resume from; train with save_strategy='steps' (--save-steps) first")
-    run = train_lora(model, train, args, tokenizer=load_tokenizer(emulator), resume=resume, **trainer)
+    tokenizer, opened = load_tokenizer(emulator), None
+    if anchors is not None:
+        train, opened = encode_rows(train, tokenizer, trainer.get("max_length", 512)), Anchors(anchors)
+        opened.check(emulator, train)
+    run = train_lora(model, train, args, tokenizer=tokenizer, resume=resume, anchors=opened, **trainer)
     if run.is_world_process_zero():
-        with new_directory(out) as partial: save_raw(model, partial, Path(emulator), source)
+        with new_directory(out) as partial: save_raw(model, partial, Path(emulator), source, opened)
     return out
 
 def save_raw(
@@ -145,15 +160,17 @@ def save_raw(
     folder: Path, # an existing directory
     emulator: Path, # the emulator directory it was trained on
     source, # the emulator's EmulatorConfig
+    anchors: Anchors | None = None, # that it was trained with
 ):
     "Write the adapter with a note of the emulator and the model that it belongs to."
     model.save_pretrained(folder)
     adapter = read_adapter(folder)
     adapter.config.base_model_name_or_path = str(emulator)
     adapter.info = {"emulator": str(emulator), "model": source.base_model, "model_fingerprint": source.base_fingerprint}
+    if anchors: adapter.info["anchors"] = {"every": anchors.info["every"], "stored": anchors.info["stored"]}
     write_adapter(adapter, folder)
 
-# %% ../nbs/20_finetune.ipynb #b1d48aff
+# %% ../nbs/20_finetune.ipynb #692e870d
 def load_adapter(
     model: PreTrainedModel, # an emulator, or the whole model; changed in place by PEFT
     path, # an adapter directory

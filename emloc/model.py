@@ -235,7 +235,9 @@ def block_names(
     model: nn.Module, # a model or skeleton
 ) -> list: # names of the blocks, in the order in which they run
     "The repeated blocks: members of every outermost ModuleList that holds linears."
-    lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and any(linears(child) for child in m)]
+    # an emulator's pairs are no nn.Linear, but every kind of linear layer says how wide its input is
+    wide = lambda child: any(isinstance(m, Conv1D) or hasattr(m, "in_features") for m in child.modules())
+    lists = [n for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and any(map(wide, m))]
     outer = [n for n in lists if not any(n.startswith(other + ".") for other in lists)]
     names = [f"{n}.{i}" for n in outer for i in range(len(model.get_submodule(n)))]
     if not names: raise EmlocError(f"{type(model).__name__}: no list of blocks with linear layers was found in it, so there is nothing to emulate")

@@ -18,7 +18,7 @@ from .data import EmlocError, collator, encode_rows, load_tokenizer
 from .model import Checkpoint, block_names, empty, fill, linears, skeleton
 
 # %% auto #0
-__all__ = ['stand_ins', 'hidden_of', 'with_hidden', 'make_batches', 'keep_last', 'completion_losses', 'Walk', 'Step']
+__all__ = ['stand_ins', 'hidden_of', 'with_hidden', 'make_batches', 'bare', 'keep_last', 'completion_losses', 'Walk', 'Step']
 
 # %% ../nbs/02_walk.ipynb #7ffe3828
 class _Stop(Exception):
@@ -61,12 +61,19 @@ def make_batches(
     return [collate([rows[i] for i in chunk]) for chunk in chunks], chunks
 
 # %% ../nbs/02_walk.ipynb #411af13d
+def bare(
+    model, # a model, perhaps in the wrappings of PEFT or of data parallelism
+): # the transformers model inside
+    "The model without its wrappings."
+    model = getattr(model, "module", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
 def keep_last(
     model, # a causal language model
     labels: torch.Tensor, # (rows, tokens), -100 where there is nothing to predict
 ) -> dict: # keyword arguments for its forward
     "Ask for the logits from the first position that predicts a completion, where the model can do that."
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters: return {}
+    if "logits_to_keep" not in inspect.signature(bare(model).forward).parameters: return {}
     positions = (labels >= 0).any(0).nonzero()
     return {"logits_to_keep": int(labels.shape[1] - max(int(positions[0]) - 1, 0))} if len(positions) else {}
 
@@ -91,13 +98,14 @@ class Walk:
         max_length: int = 512, # tokens
         device: str | None = None, # where a block runs; by default the GPU if there is one
         variants: int = 1, # how many hidden states are kept for each batch
+        model=None, # a skeleton to walk, where it is not the one of the checkpoint's config alone
     ):
         self.checkpoint = path if isinstance(path, Checkpoint) else Checkpoint(path)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         tokenizer = load_tokenizer(self.checkpoint.path)
         self.rows = encode_rows(rows, tokenizer, max_length)
         self.batches, self.order = make_batches(self.rows, tokenizer, batch_size)
-        self.model = skeleton(self.checkpoint)
+        self.model = skeleton(self.checkpoint) if model is None else model
         self.names = block_names(self.model)
         self.blocks = [self.model.get_submodule(n) for n in self.names]
         fill(self.model, self.checkpoint, skip=self.names, device=self.device)

@@ -1,0 +1,28 @@
+"""What machine a result was measured on: written beside every table."""
+import importlib.metadata
+import os
+import platform
+
+import psutil
+import torch
+
+
+def describe() -> dict:
+    "Processor, cores, memory (bytes), GPU and library versions."
+    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")] if os.path.exists("/proc/cpuinfo") else []
+    flags = next((line.split(":")[1].split() for line in open("/proc/cpuinfo") if line.startswith("flags")), []) if names else []
+    return {
+        "processor": names[0] if names else platform.processor(),
+        "bf16_instructions": [f for f in ("avx512_bf16", "amx_bf16") if f in flags],
+        "cores": os.cpu_count(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        **{name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
+    }
+
+
+def line(machine: dict) -> str:
+    "The same in one line."
+    gpu = machine["gpu"] or "no GPU"
+    return f"{machine['processor']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB, {gpu}; torch {machine['torch']}, transformers {machine['transformers']}, peft {machine['peft']}"

@@ -1,0 +1,109 @@
+"""The commands, as a person types them: on the demo's shape of data and on tiny models."""
+import json
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from emloc.cli import main
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    file = tmp_path_factory.mktemp("rows") / "colours.jsonl"
+    words = ["red", "green"]
+    file.write_text("\n".join(json.dumps({"prompt": f"number {i} colour", "completion": f" {words[i % 2]}"}) for i in range(60)))
+    return file
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory, rows, llama):
+    "Every stage once, through the command line."
+    out = tmp_path_factory.mktemp("stages")
+    lines = [["emulate", llama, rows, "--ratio", "0.5", "--rows", "20"], ["finetune", out / "emulate", rows, "--steps", "4", "--rank", "2", "--targets", "q_proj", "down_proj"],
+             ["correct", out / "finetune", "--emulator", out / "emulate", "--model", llama, "--task", rows], ["merge", llama, out / "correct"]]
+    for words in lines:
+        assert main([*map(str, words), "--out", str(out / words[0]), "--json", str(out / f"{words[0]}.json")]) == 0
+    return out
+
+
+def test_each_command_writes_what_it_says(stages):
+    for name in ("emulate", "finetune", "correct", "merge"):
+        assert (stages / name / "config.json").is_file() or (stages / name / "adapter_config.json").is_file()
+        assert json.loads((stages / f"{name}.json").read_text())
+    assert 0 < json.loads((stages / "emulate.json").read_text())["share"] < 1
+    assert json.loads((stages / "correct.json").read_text())["asked"] == "auto"
+
+
+def test_evaluate_tells_the_merged_model_from_the_plain_one(stages, llama, rows, capsys, tmp_path):
+    scores = {}
+    for name, words in {"plain": [llama], "adapter": [llama, "--adapter", stages / "correct"], "merged": [stages / "merge"]}.items():
+        file = tmp_path / f"{name}.json"
+        assert main(["evaluate", str(words[0]), str(rows), *map(str, words[1:]), "--json", str(file)]) == 0
+        scores[name] = json.loads(file.read_text())["nll"]
+    assert scores["adapter"] == pytest.approx(scores["merged"], abs=1e-4)
+    assert abs(scores["adapter"] - scores["plain"]) > 1e-4
+
+
+def test_run_goes_through_all_stages_and_keeps_what_is_there(tmp_path, rows, llama, capsys):
+    config = {"model": str(llama), "task": str(rows), "out": str(tmp_path / "run"), "emulate": {"ratio": 0.5, "rows": 20},
+              "finetune": {"steps": 2, "targets": ["q_proj"], "rslora": True, "alpha_pattern": {"q_proj": 4}}, "correct": {"mode": "gram"}, "merge": True, "evaluate": {"rows": 8}}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    assert main(["run", str(tmp_path / "config.yaml"), "--json", str(tmp_path / "first.json")]) == 0
+    result = json.loads((tmp_path / "first.json").read_text())
+    assert result["correct"]["mode"] == "gram" and result["evaluate"]["rows"] == 8
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    assert main(["run", str(tmp_path / "config.yaml"), "--json", str(tmp_path / "second.json")]) == 0
+    assert set(json.loads((tmp_path / "second.json").read_text())["finetune"]) == {"kept"}
+
+
+BAD = {
+    "unknown model": ["emulate", "no/such/place/model", "ROWS"],
+    "ratio above one": ["emulate", "MODEL", "ROWS", "--ratio", "1.5"],
+    "ratio zero": ["emulate", "MODEL", "ROWS", "--ratio", "0"],
+    "no such rows": ["emulate", "MODEL", "nowhere.jsonl"],
+    "missing columns": ["emulate", "MODEL", "WRONG"],
+    "no rows": ["emulate", "MODEL", "EMPTY"],
+    "a model instead of an emulator": ["finetune", "MODEL", "ROWS"],
+    "target that matches nothing": ["finetune", "EMULATOR", "ROWS", "--targets", "query"],
+    "bad pattern": ["finetune", "EMULATOR", "ROWS", "--rank-pattern", "q_proj"],
+    "nothing to resume": ["finetune", "EMULATOR", "ROWS", "--resume"],
+    "corrected twice": ["correct", "CORRECTED", "--emulator", "EMULATOR", "--model", "MODEL", "--mode", "none"],
+    "gram without rows": ["correct", "RAW", "--emulator", "EMULATOR", "--model", "MODEL", "--mode", "gram"],
+    "another model": ["correct", "RAW", "--emulator", "EMULATOR", "--model", "OTHER", "--mode", "none"],
+    "merge of a raw adapter": ["merge", "MODEL", "RAW"],
+    "adapter that is not there": ["merge", "MODEL", "nowhere"],
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_exit_code_2_and_leaves_nothing(case, stages, rows, llama, models, tmp_path, capsys):
+    (tmp_path / "wrong.csv").write_text("question,answer\nwhy,because\n")
+    (tmp_path / "empty.jsonl").write_text("")
+    names = {"MODEL": llama, "OTHER": models["qwen3"], "ROWS": rows, "WRONG": tmp_path / "wrong.csv", "EMPTY": tmp_path / "empty.jsonl",
+             "EMULATOR": stages / "emulate", "RAW": stages / "finetune", "CORRECTED": stages / "correct"}
+    before = sorted(p.name for p in tmp_path.iterdir())
+    assert main([str(names.get(w, w)) for w in BAD[case]] + ["--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"emloc {BAD[case][0]}: ") and len(error) > 30
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("text", ["task: x", "model: [", "task: x\nout: y\nemulat: {}", "task: bbc\nout: y\nfinetune: {rnak: 3}"])
+def test_a_bad_config_is_refused_before_anything_runs(text, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text(text)
+    try: code = main(["run", str(tmp_path / "c.yaml")])
+    except SystemExit as stop: code = stop.code
+    assert code == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["c.yaml"]
+
+
+def test_an_output_that_exists_is_not_overwritten(stages, rows, llama, capsys):
+    assert main(["emulate", str(llama), str(rows), "--out", str(stages / "emulate")]) == 2
+    assert "already" in capsys.readouterr().err
+
+
+def test_the_module_is_a_program():
+    done = subprocess.run([sys.executable, "-m", "emloc.cli", "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "finetune" in done.stdout

@@ -1,0 +1,71 @@
+"""The notebooks run from top to bottom, and notebooks, modules and README say the same."""
+import filecmp
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+
+
+def tool(name: str) -> str:
+    return str(Path(sys.executable).parent / name)
+
+
+def run(words: list, folder: Path) -> str:
+    quiet = {"TQDM_DISABLE": "1", "MPLBACKEND": "agg", "TRANSFORMERS_VERBOSITY": "error", "PYTHONPATH": str(folder)}
+    done = subprocess.run(words, cwd=folder, capture_output=True, text=True, env=os.environ | quiet)
+    assert done.returncode == 0, f"{' '.join(words)} failed:\n{done.stdout[-6000:]}\n{done.stderr[-6000:]}"
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("tree") / "emloc"
+    shutil.copytree(ROOT, folder, symlinks=True, ignore=shutil.ignore_patterns(".git", "__pycache__", "*.egg-info", "emloc-demo", "runs", ".venv*"))
+    return folder
+
+
+def files(folder: Path) -> dict:
+    wanted = [*folder.glob("emloc/**/*.py"), *folder.glob("nbs/**/*.ipynb"), folder / "README.md"]
+    return {str(p.relative_to(folder)): p for p in wanted}
+
+
+def test_export_clean_and_readme_leave_the_tree_unchanged(copy):
+    for step in ([tool("nbdev_export")], [tool("nbdev_clean")], [sys.executable, "nbs/readme.py"]): run(step, copy)
+    before, after = files(ROOT), files(copy)
+    assert before.keys() == after.keys()
+    changed = [name for name in before if not filecmp.cmp(before[name], after[name], shallow=False)]
+    assert not changed, f"run nbdev_export, nbdev_clean and python nbs/readme.py; out of step: {changed}"
+
+
+def test_the_step_check_notices_a_module_edited_by_hand(copy):
+    module = copy / "emloc" / "rank.py"
+    module.write_text(module.read_text().replace("def uniform", "def uniformly"))
+    run([tool("nbdev_export")], copy)
+    assert filecmp.cmp(module, ROOT / "emloc" / "rank.py", shallow=False)
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_outputs_are_stored_and_small(notebook):
+    cells = nbformat.read(notebook, as_version=4).cells
+    assert notebook.stat().st_size < 600_000
+    assert any(cell.get("outputs") for cell in cells), "run the notebook and store its outputs"
+    errors = [o for cell in cells for o in cell.get("outputs", []) if o.output_type == "error"]
+    assert not errors
+
+
+@pytest.mark.parametrize("notebook", [p for p in NOTEBOOKS if p.stem != "index"], ids=lambda p: p.stem)
+def test_lessons_show_a_picture(notebook):
+    if notebook.stem in ("00_data", "40_memory", "70_cli"): pytest.skip("a table or text is the picture here")
+    cells = nbformat.read(notebook, as_version=4).cells
+    assert any("image/png" in o.get("data", {}) for cell in cells for o in cell.get("outputs", []))
+
+
+def test_notebooks_run_from_top_to_bottom():
+    run([tool("nbdev_test"), "--n_workers", "1", "--do_print"], ROOT)
