@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import time
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -22,10 +23,11 @@ from .model import Checkpoint, block_names, check_out, find_model, finish_direct
 from .walk import Walk, hidden_of
 
 # %% auto #0
-__all__ = ['STORED', 'anchored_blocks', 'anchor_bytes', 'emulator_walk', 'flat', 'pack', 'rows_hash', 'compute_anchors',
-           'Anchors']
+__all__ = ['SAVE_SECONDS', 'STORED', 'anchored_blocks', 'anchor_bytes', 'emulator_walk', 'flat', 'pack', 'rows_hash',
+           'compute_anchors', 'Anchors']
 
 # %% ../nbs/13_anchor.ipynb #fd88b239
+SAVE_SECONDS = 60 # how much work an interruption may cost
 STORED = {"bfloat16": 2, "float32": 4, "int8": 1}
 
 def anchored_blocks(
@@ -107,24 +109,24 @@ def compute_anchors(
     partial = out.with_name(out.name + ".partial")
     manifest = open_partial(partial, settings, resume)
     done = manifest["done"]
-    if done:
-        whole.resume(partial / f"whole-{done:05d}.safetensors", done)
-        small.resume(partial / f"small-{done:05d}.safetensors", done)
+    for walk in (whole, small) if done else (): walk.resume(partial / f"whole-{done:05d}.safetensors", done)
+    saved = time.monotonic()
     for a, b in tqdm(zip(whole, small), desc=f"anchors ({needed / 1e9:.2f} GB)", unit="block", initial=done, total=len(whole)):
         if a.index == 0 or a.index - 1 in blocks: small.hidden[0] = list(whole.hidden[0])
         a.run()
         b.run()
         if a.index in blocks:
             save_file(pack(flat(whole, whole.hidden[0]).float() - flat(small, small.hidden[0]).float(), stored), partial / f"anchors-{a.index:05d}.safetensors")
-            whole.save(partial / f"whole-{a.index + 1:05d}.safetensors", a.index + 1)
-            small.save(partial / f"small-{a.index + 1:05d}.safetensors", a.index + 1)
-            manifest["done"] = a.index + 1
-            write_json(partial / "manifest.json", manifest)
-            for old in [*partial.glob("whole-*"), *partial.glob("small-*")]:
-                if f"{a.index + 1:05d}" not in old.name: old.unlink()
+            if time.monotonic() - saved >= SAVE_SECONDS:
+                whole.save(partial / f"whole-{a.index + 1:05d}.safetensors", a.index + 1)
+                manifest["done"] = a.index + 1
+                write_json(partial / "manifest.json", manifest)
+                for old in partial.glob("whole-*"):
+                    if f"{a.index + 1:05d}" not in old.name: old.unlink()
+                saved = time.monotonic()
     lengths = [len(ids) for ids in whole.rows["input_ids"]]
     write_json(partial / "anchors.json", settings | {"blocks": blocks, "lengths": lengths, "bytes": needed, "model": source.base_model})
-    for old in [*partial.glob("whole-*"), *partial.glob("small-*"), partial / "manifest.json"]: old.unlink()
+    for old in [*partial.glob("whole-*"), partial / "manifest.json"]: old.unlink(missing_ok=True)
     finish_directory(partial, out)
     return out
 

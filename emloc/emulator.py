@@ -69,7 +69,12 @@ class EmulatorQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model, **kwargs):
         put_pairs(model, self.quantization_config.ranks)
-        model._init_weights = tolerant(model._init_weights)
+        for part in model.modules():
+            if hasattr(part, "_init_weights"): part._init_weights = tolerant(part._init_weights)
+
+    def _process_model_after_weight_loading(self, model, **kwargs):
+        for part in model.modules(): part.__dict__.pop("_init_weights", None)
+
     def is_serializable(self): return True
     @property
     def is_trainable(self): return True

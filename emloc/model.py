@@ -259,7 +259,8 @@ def dense_weight(
     module: nn.Module, # an nn.Linear or a Conv1D
 ) -> torch.Tensor: # (out, in)
     "The weight as (out, in), whichever way the layer stores it."
-    return module.weight.T if isinstance(module, Conv1D) else module.weight
+    weight = module.weight.detach()
+    return weight.T if isinstance(module, Conv1D) else weight
 
 # %% ../nbs/01_model.ipynb #ade47a29
 def fill(

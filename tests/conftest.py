@@ -4,11 +4,15 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import tiny
+import torch
 from datasets import Dataset
 
 from emloc.data import Task
 from emloc.emulator import build_emulator
 from emloc.finetune import lora_config, train_adapter, training_args
+
+# models this small run ten times slower when threads wait for each other
+torch.set_num_threads(1)
 
 FAMILIES = list(tiny.BUILD)
 STAGED = ["llama", "gpt2", "phi3"]
