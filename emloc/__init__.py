@@ -3,7 +3,8 @@ __version__ = "0.1.0"
 
 from importlib import import_module
 
-from emloc import adapter, correct, data, emulator, evaluate, finetune, memory, merge, model, rank, spectrum, walk
+from emloc import adapter, anchor, correct, data, emulator, evaluate, finetune, memory, merge, model, rank, spectrum, walk
+from emloc.anchor import compute_anchors
 from emloc.correct import correct_adapter
 from emloc.data import EmlocError, Task, load_task
 from emloc.emulator import build_emulator, load_emulator

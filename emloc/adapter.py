@@ -16,7 +16,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from .data import EmlocError
+from .data import EmlocError, brief
 from .model import block_linears, linears
 
 # %% auto #0
@@ -25,7 +25,9 @@ __all__ = ['REFUSED', 'PREFIX', 'check_lora', 'resolve_targets', 'Adapter', 'rea
 # %% ../nbs/03_adapter.ipynb #6fc2a85b
 REFUSED = {"use_dora": "DoRA rescales the weight that is to be corrected", "lora_bias": "a LoRA bias is not part of the correction",
            "modules_to_save": "a fully trained module belongs to the emulator and does not move",
-           "trainable_token_indices": "trained tokens belong to the emulator and do not move"}
+           "trainable_token_indices": "trained tokens belong to the emulator and do not move",
+           "layer_replication": "the emulator's layers would no longer be the model's", "alora_invocation_tokens": "its LoRA is not always on",
+           "use_qalora": "its LoRA sees pooled inputs", "target_parameters": "only linear layers are moved"}
 
 def check_lora(
     config: LoraConfig, # as it was given, or as it was read
@@ -36,6 +38,9 @@ def check_lora(
     for option, why in REFUSED.items():
         if getattr(config, option, None):
             raise EmlocError(f"LoRA with {option} is not supported: {why}; train without it")
+    start = config.init_lora_weights
+    if isinstance(start, str) and start != "gaussian":
+        raise EmlocError(f"init_lora_weights={start!r} is not supported: it may change or inspect the base weights, which are the emulator's; use True or 'gaussian'")
     if config.bias != "none":
         raise EmlocError(f"LoRA with bias={config.bias!r} is not supported: trained biases belong to the emulator; use bias='none'")
 
@@ -52,6 +57,8 @@ def resolve_targets(
     if targets == "all-linear":
         return endings if {n for n in everywhere if n.split(".")[-1] in endings} == set(known) else known
     if isinstance(targets, str):
+        outside = [n for n in everywhere - set(known) if re.fullmatch(targets, n)]
+        if outside: raise EmlocError(f"target {targets} also matches {outside[0]}, which is outside the blocks and not emulated; narrow the expression")
         if any(re.fullmatch(targets, n) for n in known): return targets
         missing = [targets]
     else:
@@ -92,7 +99,7 @@ def read_adapter(
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (path / name).is_file(): raise EmlocError(f"adapter {path}: no {name} in it; give the directory that `emloc finetune` or PEFT's save_pretrained wrote")
     try: config = PeftConfig.from_pretrained(path)
-    except Exception as error: raise EmlocError(f"adapter {path}: its adapter_config.json cannot be used: {str(error).splitlines()[0]}") from error
+    except Exception as error: raise EmlocError(f"adapter {path}: its adapter_config.json cannot be used: {brief(error)}") from error
     check_lora(config)
     halves = {"A": {}, "B": {}}
     try:

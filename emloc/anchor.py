@@ -105,7 +105,7 @@ def compute_anchors(
     hidden = whole.model.get_input_embeddings().weight.shape[1]
     needed, free = anchor_bytes(whole.tokens(), hidden, len(blocks), stored), shutil.disk_usage(out.resolve().parent if out.resolve().parent.exists() else ".").free
     if needed > free: raise EmlocError(f"anchors of {len(rows)} rows need {needed / 1e9:.1f} GB on disk and {free / 1e9:.1f} GB are free; use a larger every, int8, or fewer rows")
-    settings = {"emulator": small.checkpoint.fingerprint(), "rows": rows_hash(whole.rows), "every": every, "stored": stored}
+    settings = {"emulator": small.checkpoint.fingerprint(), "rows": rows_hash(whole.rows), "every": every, "stored": stored, "batch_size": whole.batch_size}
     partial = out.with_name(out.name + ".partial")
     manifest = open_partial(partial, settings, resume)
     done = manifest["done"]
@@ -126,7 +126,7 @@ def compute_anchors(
                 saved = time.monotonic()
     lengths = [len(ids) for ids in whole.rows["input_ids"]]
     write_json(partial / "anchors.json", settings | {"blocks": blocks, "lengths": lengths, "bytes": needed, "model": source.base_model})
-    for old in [*partial.glob("whole-*"), partial / "manifest.json"]: old.unlink(missing_ok=True)
+    for old in [partial / "manifest.json", *partial.glob("whole-*")]: old.unlink(missing_ok=True)
     finish_directory(partial, out)
     return out
 

@@ -119,7 +119,10 @@ class Pieces:
         "One layer in several modes, with its difference read once."
         A, B = self.pairs[module]
         D = self.difference(module) if set(modes) != {"none"} else None
-        return [subtract(A, B, D, self.adapter.scaling(module), mode, limit, self.seen.get(module)) for mode in modes]
+        found = [subtract(A, B, D, self.adapter.scaling(module), mode, limit, self.seen.get(module)) for mode in modes]
+        for mode, B_c in zip(modes, found):
+            if not torch.isfinite(B_c).all(): raise EmlocError(f"{module}: the correction in mode {mode} is not finite; look for NaN in this weight of the model, the emulator or the adapter")
+        return found
 
 # %% ../nbs/30_correct.ipynb #5654ca87
 def project_inputs(
@@ -226,4 +229,5 @@ def for_model(
     config.base_model_name_or_path = str(pieces.checkpoint.path if str(model) == "default" else model)
     config.inference_mode = True
     config.fan_in_fan_out = bool(pieces.flip & set(pairs))
-    return Adapter(config, pairs, raw.info | {"correction": record})
+    family = {"model": config.base_model_name_or_path, "model_fingerprint": pieces.checkpoint.fingerprint()}
+    return Adapter(config, pairs, raw.info | family | {"correction": record})

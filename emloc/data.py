@@ -16,12 +16,17 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 
 # %% auto #0
-__all__ = ['READERS', 'SPLITS', 'EmlocError', 'normalise_row', 'Task', 'find_labels', 'bbc_rows', 'read_rows', 'clean_rows',
-           'hold_out', 'load_task', 'load_tokenizer', 'row_texts', 'encode_row', 'encode_rows', 'collator']
+__all__ = ['READERS', 'SPLITS', 'EmlocError', 'brief', 'normalise_row', 'Task', 'find_labels', 'bbc_rows', 'read_rows',
+           'clean_rows', 'hold_out', 'load_task', 'load_tokenizer', 'row_texts', 'encode_row', 'encode_rows',
+           'collator']
 
 # %% ../nbs/00_data.ipynb #74eb15a2
 class EmlocError(ValueError):
     "A mistake in what was asked for; the message names the file, layer or option and says what to do."
+
+def brief(error: BaseException) -> str: # one line
+    "What another library's error says, short enough to be part of a message."
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 # %% ../nbs/00_data.ipynb #f927ebe3
 def normalise_row(
@@ -31,6 +36,8 @@ def normalise_row(
     "A row in either shape, checked. Raises `EmlocError` when a column is missing or the completion is empty."
     if row.get("messages") is not None and row.get("completion") is None:
         messages = row["messages"]
+        if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
+            raise EmlocError(f"{where}: messages must be a list of turns, each with role and content")
         if len(messages) < 2 or messages[-1].get("role") != "assistant":
             raise EmlocError(f"{where}: messages must end with a turn of role 'assistant' after at least one other turn")
         row = {"prompt": messages[:-1], "completion": messages[-1:]}
@@ -41,7 +48,7 @@ def normalise_row(
     kinds = {type(row[c]) for c in ("prompt", "completion")}
     if kinds not in ({str}, {list}):
         raise EmlocError(f"{where}: prompt and completion must both be text or both be lists of chat messages")
-    said = row["completion"] if isinstance(row["completion"], str) else "".join(m["content"] for m in row["completion"])
+    said = row["completion"] if isinstance(row["completion"], str) else "".join(m.get("content") or "" for m in row["completion"])
     if not said.strip():
         raise EmlocError(f"{where}: the completion is empty, so there is nothing to learn from it; remove the row")
     return {"prompt": row["prompt"], "completion": row["completion"]}
@@ -118,13 +125,12 @@ def read_rows(
         try: return datasets.load_dataset(name, config or None)
         except Exception as error:
             raise EmlocError(f"task {source}: neither a file ({', '.join(READERS)}), nor a folder, nor 'bbc', nor a dataset that the hub gave: "
-                             f"{str(error).splitlines()[0]}") from error
+                             f"{brief(error)}") from error
     suffixes = {Path(f).suffix for f in files.values()}
     if len(suffixes) > 1: raise EmlocError(f"{path}: its splits are of different kinds ({', '.join(sorted(suffixes))}); make them one")
     try: return datasets.load_dataset(READERS[suffixes.pop()], data_files=files)
     except Exception as error:
-        cause = error.__cause__ or error
-        raise EmlocError(f"{path}: cannot be read as {Path(next(iter(files.values()))).suffix[1:]}: {str(cause).splitlines()[0]}") from error
+        raise EmlocError(f"{path}: no rows could be read from it as {Path(next(iter(files.values()))).suffix[1:]}: {brief(error.__cause__ or error)}") from error
 
 # %% ../nbs/00_data.ipynb #b5a27bcf
 def clean_rows(

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .data import EmlocError
@@ -29,8 +30,8 @@ log = logging.getLogger(__name__)
 
 # %% auto #0
 __all__ = ['log', 'README', 'LowRankLinear', 'EmulatorConfig', 'EmulatorQuantizer', 'tolerant', 'put_pairs', 'emulator_config',
-           'load_emulator', 'emulator_weight', 'build_block', 'choose_ranks', 'open_partial', 'write_json',
-           'finish_emulator', 'block_file', 'check_calibration', 'build_emulator', 'collect_spectra']
+           'is_emulator', 'load_emulator', 'emulator_weight', 'build_block', 'choose_ranks', 'open_partial',
+           'write_json', 'finish_emulator', 'block_file', 'check_calibration', 'build_emulator', 'collect_spectra']
 
 # %% ../nbs/12_emulator.ipynb #bcbf9742
 class LowRankLinear(nn.Module):
@@ -55,6 +56,9 @@ class LowRankLinear(nn.Module):
     def extra_repr(self): return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, bias={self.bias is not None}"
 
 # %% ../nbs/12_emulator.ipynb #c6368610
+# a notebook that defines these classes again, after a module did, must not be refused
+AUTO_QUANTIZATION_CONFIG_MAPPING.pop("emloc", None), AUTO_QUANTIZER_MAPPING.pop("emloc", None)
+
 @register_quantization_config("emloc")
 class EmulatorConfig(QuantizationConfigMixin):
     "What config.json says of an emulator: ranks by module name, and the model that it emulates."
@@ -111,13 +115,26 @@ def emulator_config(
     if entry.get("quant_method") != "emloc": raise EmlocError(f"emulator {path}: this is a model but no emulator; `emloc emulate` makes one from it")
     return EmulatorConfig(**entry)
 
+def is_emulator(
+    path, # a directory, or anything else
+) -> bool:
+    "Whether this is an emulator directory."
+    try: emulator_config(path)
+    except EmlocError: return False
+    return True
+
 def load_emulator(
     path, # an emulator directory
     **kwargs, # for from_pretrained: dtype, device_map, attn_implementation, …
 ): # a PreTrainedModel with LowRankLinear modules
     "The emulator, ready to train on. Raises `EmlocError` when the directory is no emulator."
-    emulator_config(path)
-    return model_class(Checkpoint(path).config).from_pretrained(path, **{"dtype": "auto"} | kwargs)
+    ranks, checkpoint = emulator_config(path).ranks, Checkpoint(path)
+    missing = [f"{n}.{factor}" for n in ranks for factor in "UV" if checkpoint.key(f"{n}.{factor}") is None]
+    if missing: raise EmlocError(f"emulator {path}: {missing[0]} is not in its files; build it again")
+    model, info = model_class(checkpoint.config).from_pretrained(path, **{"dtype": "auto"} | kwargs, output_loading_info=True)
+    wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+    if wrong: raise EmlocError(f"emulator {path}: {wrong[0]} in its files does not fit the model; build it again")
+    return model
 
 def emulator_weight(
     checkpoint: Checkpoint, # of an emulator
@@ -224,7 +241,8 @@ def finish_emulator(
             if file.name not in ("config.json", "model.safetensors.index.json"): shutil.copyfile(file, partial / file.name)
     write_json(partial / "config.json", json.loads((checkpoint.path / "config.json").read_text()) | {"quantization_config": quantization.to_dict()})
     (partial / "README.md").write_text(README.format(base=quantization.base_model))
-    for file in [*partial.glob("hidden-*"), *partial.glob("spectra-*"), partial / "manifest.json"]: file.unlink()
+    # the manifest first: without it, a run that is cut off here begins again instead of looking for files that are gone
+    for file in [partial / "manifest.json", *partial.glob("hidden-*"), *partial.glob("spectra-?????.safetensors")]: file.unlink()
 
 def block_file(index: int, blocks: int) -> str: # the name of a block's safetensors file; index = blocks is the dense rest
     return f"model-{index + 1:05d}-of-{blocks + 1:05d}.safetensors"
@@ -260,7 +278,7 @@ def build_emulator(
     rows = hashlib.sha256(json.dumps(walk.rows["input_ids"][:]).encode()).hexdigest()[:16]
     fingerprint = walk.checkpoint.fingerprint()
     partial = out.with_name(out.name + ".partial")
-    manifest = open_partial(partial, {"model": fingerprint, "ranks": ranks, "calibration": rows}, resume)
+    manifest = open_partial(partial, {"model": fingerprint, "ranks": ranks, "calibration": rows, "batch_size": walk.batch_size}, resume)
     if manifest["done"]: walk.resume(partial / f"hidden-{manifest['done']:05d}.safetensors", manifest["done"])
     bar = tqdm(walk, desc="emulator", unit="block", initial=manifest["done"], total=len(walk))
     try:

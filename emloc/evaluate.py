@@ -13,15 +13,15 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from .adapter import read_adapter
 from .correct import Pieces
-from .data import EmlocError, Task, collator, encode_row, load_tokenizer
-from .emulator import emulator_config, load_emulator
+from .data import EmlocError, Task, brief, collator, encode_row, load_tokenizer
+from .emulator import is_emulator, load_emulator
 from .finetune import load_adapter
 from .model import Checkpoint, find_model
 from .spectrum import Gram
 from .walk import Walk, completion_losses, keep_last
 
 # %% auto #0
-__all__ = ['needed', 'answer', 'sequence_losses', 'generated', 'said', 'open_model', 'is_emulator', 'evaluate_task',
+__all__ = ['needed', 'answer', 'sequence_losses', 'generated', 'said', 'open_model', 'evaluate_task', 'score_rows',
            'alignment_report']
 
 # %% ../nbs/50_evaluate.ipynb #331aa5a8
@@ -51,25 +51,26 @@ def sequence_losses(
     # a completion's last token is predicted, never read
     full = [tuple(e["input_ids"]) for e in encoded]
     runs = sorted(needed([s[:-1] for s in full]), key=len)
-    index, collate, logits_of = {}, collator(tokenizer), {}
-    for s in full:
-        index.setdefault(next(r for r in runs if len(r) >= len(s) - 1 and r[:len(s) - 1] == s[:-1]), []).append(s)
-    start = {s: next((i for i, l in enumerate(e["labels"]) if l >= 0), len(s)) for s, e in zip(full, encoded)}
-    device = model.device
+    # where the completion begins; with an empty prompt its first token is predicted by nothing and not counted
+    start = [max(1, next((i for i, l in enumerate(e["labels"]) if l >= 0), len(s))) for s, e in zip(full, encoded)]
+    index, collate, found, device = {}, collator(tokenizer), {}, model.device
+    for key in set(zip(full, start)):
+        s = key[0]
+        index.setdefault(next(r for r in runs if len(r) >= len(s) - 1 and r[:len(s) - 1] == s[:-1]), []).append(key)
     for i in tqdm(range(0, len(runs), batch_size), desc=bar, disable=bar is None, unit="batch"):
         chunk = runs[i:i + batch_size]
-        first = min(start[s] for r in chunk for s in index[r])
+        first = min(begin for r in chunk for _, begin in index[r])
         rows = [{"input_ids": list(r), "labels": [-100] * first + [0] * (len(r) - first)} for r in chunk]
         batch = {k: v.to(device) for k, v in collate(rows).items()}
         keep = keep_last(model, torch.full_like(batch["labels"], -100).index_fill_(1, torch.tensor([min(first, batch["labels"].shape[1] - 1)], device=device), 0))
         logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **keep).logits
         offset = batch["input_ids"].shape[1] - logits.shape[1]
         for r, l in zip(chunk, logits):
-            for s in index[r]:
-                scores = l[start[s] - 1 - offset:len(s) - 1 - offset].float().log_softmax(-1)
-                target = torch.tensor(s[start[s]:], device=device)
-                logits_of[s] = (-float(scores.gather(1, target[:, None]).sum()), len(target))
-    return [logits_of[s] for s in full]
+            for s, begin in index[r]:
+                scores = l[begin - 1 - offset:len(s) - 1 - offset].float().log_softmax(-1)
+                target = torch.tensor(s[begin:], device=device, dtype=torch.long)
+                found[s, begin] = (-float(scores.gather(1, target[:, None]).sum()), len(target))
+    return [found[key] for key in zip(full, start)]
 
 # %% ../nbs/50_evaluate.ipynb #ab5ccb1f
 @torch.no_grad()
@@ -105,15 +106,10 @@ def open_model(
         try: loaded = load_emulator(path) if is_emulator(path) else AutoModelForCausalLM.from_pretrained(path, dtype="auto")
         except (KeyError, RuntimeError, OSError, ValueError) as error:
             if isinstance(error, EmlocError): raise
-            raise EmlocError(f"model {path}: transformers cannot load it: {str(error).splitlines()[0]}") from error
+            raise EmlocError(f"model {path}: transformers cannot load it: {brief(error)}") from error
         if torch.cuda.is_available(): loaded = loaded.to("cuda")
     if adapter is not None: loaded = load_adapter(loaded, adapter)
     return loaded.eval(), load_tokenizer(path)
-
-def is_emulator(path) -> bool: # whether the directory holds an emulator
-    try: emulator_config(path)
-    except EmlocError: return False
-    return True
 
 def evaluate_task(
     model_or_path, # a model or emulator directory, a hub name, 'default', or a loaded model
@@ -128,7 +124,25 @@ def evaluate_task(
     "Accuracy and likelihood on the test rows. Raises `EmlocError` for a task without test rows and an adapter that does not fit."
     test = task.test if rows is None else task.test.select(range(min(rows, len(task.test))))
     if len(test) == 0: raise EmlocError(f"task {task.name}: there are no test rows to evaluate on")
+    training = isinstance(model_or_path, torch.nn.Module) and model_or_path.training
     model, tokenizer = open_model(model_or_path, adapter)
+    try: return score_rows(model, tokenizer, task, test, batch_size, max_length, bar)
+    finally:
+        # a model that was handed in goes back as it came
+        if isinstance(model_or_path, torch.nn.Module):
+            if adapter is not None: model.unload()
+            model_or_path.train(training)
+
+def score_rows(
+    model, # in eval mode
+    tokenizer,
+    task: Task, # for its labels and name
+    test, # the rows to score
+    batch_size: int, # rows
+    max_length: int, # tokens
+    bar: str | None = None, # title of a progress bar
+) -> dict: # accuracy (0 to 1), nll (nats per token), rows
+    "Accuracy and likelihood of a loaded model."
     options = [said({"completion": l}) if not isinstance(test[0]["prompt"], str) else l for l in task.labels or []]
     encode = lambda row: encode_row(row, tokenizer, max_length, end=False)
     encoded = [encode(row if label is None else answer(row, label)) for row in test for label in options or [None]]

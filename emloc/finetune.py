@@ -12,9 +12,10 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
+from peft.tuners.lora.layer import LoraLayer
 from transformers import PreTrainedModel, Trainer, TrainingArguments
 
-from .adapter import check_lora, check_shapes, read_adapter, resolve_targets, write_adapter
+from .adapter import PREFIX, check_lora, check_shapes, read_adapter, resolve_targets, write_adapter
 from .anchor import Anchors
 from .data import EmlocError, collator, encode_rows, load_tokenizer
 from .emulator import LowRankLinear, emulator_config, load_emulator
@@ -165,6 +166,11 @@ def save_raw(
     "Write the adapter with a note of the emulator and the model that it belongs to."
     model.save_pretrained(folder)
     adapter = read_adapter(folder)
+    if adapter.config.rank_pattern or adapter.config.alpha_pattern:
+        # the file sorts the patterns and the first match wins, so overlapping ones are written out layer by layer
+        live = {n.removeprefix(PREFIX): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+        adapter.config.rank_pattern = {n: live[n].r["default"] for n in adapter.pairs}
+        adapter.config.alpha_pattern = {n: live[n].lora_alpha["default"] for n in adapter.pairs}
     adapter.config.base_model_name_or_path = str(emulator)
     adapter.info = {"emulator": str(emulator), "model": source.base_model, "model_fingerprint": source.base_fingerprint}
     if anchors: adapter.info["anchors"] = {"every": anchors.info["every"], "stored": anchors.info["stored"]}
@@ -178,6 +184,10 @@ def load_adapter(
 ) -> PeftModel:
     "The adapter on a model. Raises `EmlocError` when it does not fit, or when a pair would be left over."
     adapter = read_adapter(path)
+    source = getattr(getattr(model.config, "quantization_config", None), "base_fingerprint", None)
+    trained = adapter.info.get("model_fingerprint")
+    if source and trained and source != trained:
+        raise EmlocError(f"adapter {path} belongs to {adapter.info['model']}, and this is an emulator of another model")
     shapes = {n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
     shapes |= {n: tuple(dense_weight(m).shape) for n, m in (block_linears(model) if len(shapes) == 0 else {}).items()}
     for n in set(adapter.pairs) - set(shapes):

@@ -13,6 +13,7 @@ from tqdm.auto import tqdm
 
 from .adapter import check_shapes, read_adapter
 from .data import EmlocError
+from .emulator import is_emulator
 from .model import Checkpoint, Conv1D, dense_weight, find_model, linears, new_directory, skeleton
 
 # %% auto #0
@@ -46,9 +47,11 @@ def merge_adapter(
     for module in lora.pairs:
         if checkpoint.key(f"{module}.weight") is None:
             raise EmlocError(f"{module}: its weight is not in the files of {checkpoint.path} (it may be tied to another one), so a LoRA on it cannot be merged")
+    kept = set(checkpoint.files.values()) # other weight files beside these would be stale in the copy
     with new_directory(out) as folder:
         for file in checkpoint.path.iterdir():
-            if file.is_file() and file.suffix not in WEIGHT_FILES: shutil.copyfile(file, folder / file.name)
+            stale = file.suffix in WEIGHT_FILES or (file.suffix == ".safetensors" and file not in kept)
+            if file.is_file() and not stale: shutil.copyfile(file, folder / file.name)
         for module, (A, B) in tqdm(lora.pairs.items(), desc="merge", unit="layer"):
             key = checkpoint.key(f"{module}.weight")
             weight = checkpoint.read(key)
@@ -64,7 +67,7 @@ def check_mergeable(
     lora, # an Adapter
 ):
     "Raises `EmlocError` for an adapter of another model, or one that is still the emulator's."
-    if "emulator" in lora.info and "correction" not in lora.info:
+    if "correction" not in lora.info and ("emulator" in lora.info or is_emulator(lora.config.base_model_name_or_path)):
         raise EmlocError("this adapter was trained on an emulator and not corrected; run `emloc correct` first (with --mode none to keep it as it is)")
     trained = lora.info.get("model_fingerprint")
     if trained and trained != checkpoint.fingerprint():

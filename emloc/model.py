@@ -27,7 +27,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
-from .data import EmlocError
+from .data import EmlocError, brief
 
 # %% auto #0
 __all__ = ['DEFAULT_MODEL', 'WHEEL', 'WHEEL_SHA256', 'MODEL_FILES', 'check_out', 'new_directory', 'finish_directory', 'cache_dir',
@@ -133,7 +133,7 @@ def find_model(
             raise EmlocError(f"model {model}: no such directory; give a directory with config.json and safetensors files, a hub name (owner/name), or 'default'")
         try: path = Path(snapshot_download(str(model), allow_patterns=MODEL_FILES, etag_timeout=5))
         except Exception as error:
-            raise EmlocError(f"model {model}: neither a directory nor a model that the hub gave: {str(error).splitlines()[0]}") from error
+            raise EmlocError(f"model {model}: neither a directory nor a model that the hub gave: {brief(error)}") from error
     if not (path / "config.json").is_file():
         raise EmlocError(f"model {path}: there is no config.json in it, so it is not a model directory")
     if not list(path.glob("*.safetensors")):
@@ -151,11 +151,12 @@ class Checkpoint:
         self.path = Path(path)
         self.files, self.info = {}, {}
         index = self.path / "model.safetensors.index.json"
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else None
+        try: names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else None
+        except (ValueError, KeyError, TypeError, AttributeError) as error: raise EmlocError(f"{index}: not a table of weights ({brief(error)}); download it again") from error
         for file in [self.path / n for n in names] if names else sorted(self.path.glob("*.safetensors")):
             for name, entry in self._header(file).items(): self.files[name], self.info[name] = file, entry
         try: self.config = AutoConfig.from_pretrained(self.path)
-        except Exception as error: raise EmlocError(f"model {self.path}: its config.json cannot be used: {str(error).splitlines()[0]}") from error
+        except Exception as error: raise EmlocError(f"model {self.path}: its config.json cannot be used: {brief(error)}") from error
         self.prefix = getattr(model_class(self.config), "base_model_prefix", "")
 
     @staticmethod
@@ -165,6 +166,7 @@ class Checkpoint:
                 size = struct.unpack("<Q", f.read(8))[0]
                 if size > 2**27: raise ValueError("no header")
                 table = json.loads(f.read(size))
+                if not isinstance(table, dict): raise ValueError("its header is no table")
         except (OSError, ValueError, struct.error) as error:
             raise EmlocError(f"{file}: not a safetensors file ({error}); download it again, or convert it with save_pretrained") from error
         end = max((e["data_offsets"][1] for n, e in table.items() if n != "__metadata__"), default=0)

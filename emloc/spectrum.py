@@ -98,7 +98,7 @@ def decompose(
             left = left.flip(1)
             right = left.T @ weight
         else:
-            root, inverse = gram.root()
+            root, inverse = (t.to(weight.device) for t in gram.root())
             scaled = weight @ root
             energy, p = eigh(scaled.T @ scaled)
             left, right = scaled @ p.flip(1), p.flip(1).T @ inverse

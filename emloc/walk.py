@@ -111,7 +111,7 @@ class Walk:
         fill(self.model, self.checkpoint, skip=self.names, device=self.device)
         self.model.tie_weights()
         self.hidden = [[None] * len(self.batches) for _ in range(variants)]
-        self.start, self.tuples, self.mask = 0, {}, None
+        self.start, self.tuples, self.mask, self.batch_size = 0, {}, None, batch_size
 
     def __len__(self): return len(self.names)
 

@@ -86,14 +86,16 @@ def test_strength_multiplies_what_is_added(mode, problem):
 def test_clamp_keeps_every_column_within_its_limit(limit, s, problem):
     (_, before), (_, after) = orthonormal(problem.A, problem.B), problem.correct("clamp", s, limit=limit)
     mean = lambda B: (s * B).abs().mean(0)
-    assert (mean(before - after) <= limit * mean(before) * (1 + 1e-9)).all()
+    needed = ((problem.W - problem.E) @ orthonormal(problem.A, problem.B)[0].T).abs().mean(0)
+    assert torch.allclose(mean(before - after), needed.minimum(limit * mean(before)))
 
 
 def test_clamp_only_scales_the_columns(problem):
-    (A, before), (_, after) = orthonormal(problem.A, problem.B), problem.correct("clamp", limit=0.1)
+    (A, before), (_, after) = orthonormal(problem.A, problem.B), problem.correct("clamp", limit=0.05)
     full = (problem.W - problem.E) @ A.T / 2.0
     ratio = (before - after) / full
-    assert torch.allclose(ratio, ratio[:1].expand_as(ratio)) and (ratio > 0).all() and (ratio < 1).all()
+    assert torch.allclose(ratio, ratio[:1].expand_as(ratio))
+    assert ratio.min() > 0 and ratio.min() < 0.9 and ratio.max() < 1 + 1e-9
 
 
 def test_clamp_leaves_columns_below_the_limit_alone(problem):
@@ -161,8 +163,8 @@ def correct(task, tmp_path):
     return run
 
 
-LORAS = {"alpha 2": dict(alpha=2), "alpha 16": dict(alpha=16), "rsLoRA": dict(alpha=4, use_rslora=True), "rank pattern": dict(rank_pattern={"up_proj": 6, r".*layers\.0.*": 2}),
-         "alpha pattern": dict(alpha_pattern={"down_proj": 1, r"^model\.layers\.2.*": 32}, use_rslora=True)}
+LORAS = {"alpha 2": dict(alpha=2), "alpha 16": dict(alpha=16), "rsLoRA": dict(alpha=4, use_rslora=True), "rank pattern": dict(rank_pattern={"up_proj": 6, r".*layers\.0\..*q_proj": 2}),
+         "alpha pattern": dict(alpha_pattern={"down_proj": 1, r"^model\.layers\.2.*q_proj": 32}, use_rslora=True)}
 
 @pytest.fixture(params=LORAS)
 def trained(request, llama_stages, task, tmp_path):
@@ -191,6 +193,10 @@ def test_every_mode_gives_an_adapter_for_the_whole_model(mode, stages, correct):
     assert all(done.pairs[n][0].shape == raw.pairs[n][0].shape and done.pairs[n][1].shape == raw.pairs[n][1].shape for n in raw.pairs)
     assert (done.config.r, done.config.lora_alpha, done.config.base_model_name_or_path) == (raw.config.r, raw.config.lora_alpha, str(stages.model))
     assert done.info["correction"]["asked"] == mode
+
+
+def test_only_gpt2_weights_are_said_to_be_stored_the_other_way_round(stages, correct):
+    assert read_adapter(correct(stages, "none")).config.fan_in_fan_out == (stages.family == "gpt2")
 
 
 def grams_of(path, rows): # {linear: Gram of its inputs in the whole model}
@@ -225,7 +231,7 @@ def test_gram_aligns_every_layer_better_than_none(stages, correct, task):
     report = alignment_report(stages.raw, {m: correct(stages, m) for m in MODES}, stages.emulator, stages.model, task.train)
     assert len(report) == len(read_adapter(stages.raw).pairs)
     for layer in report: assert layer["gram"] <= min(layer["none"], layer["clamp"]) * (1 + 1e-4), layer
-    assert sum(layer["gram"] for layer in report) < 0.95 * sum(layer["none"] for layer in report)
+    assert sum(layer["gram"] for layer in report) < 0.98 * sum(layer["none"] for layer in report)
 
 
 def test_none_on_the_whole_model_is_the_raw_lora_there(stages, correct):

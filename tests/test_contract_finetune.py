@@ -92,6 +92,17 @@ def test_rank_and_scaling_are_those_of_peft(case, train, llama_stages):
     for module in adapter.pairs: assert adapter.scaling(module) == pytest.approx(layers.base_model.model.get_submodule(module).scaling["default"])
 
 
+def test_overlapping_patterns_mean_after_saving_what_they_meant_in_training(train, llama_stages):
+    "The first pattern that fits counts, and PEFT's config file has its keys sorted."
+    options = dict(alpha=8, alpha_pattern={"up_proj": 2, r".*layers\.1.*": 32}, rank_pattern={"up_proj": 2, r".*layers\.1.*": 6})
+    trained = wrap(load_emulator(llama_stages.emulator), lora_config(rank=4, **options))
+    path = train(lora=lora_config(rank=4, **options))
+    adapter, layers = read_adapter(path), load_adapter(load_emulator(llama_stages.emulator), path)
+    for module in adapter.pairs:
+        expected = trained.base_model.model.get_submodule(module).scaling["default"]
+        assert adapter.scaling(module) == layers.base_model.model.get_submodule(module).scaling["default"] == expected, module
+
+
 def test_training_lowers_the_loss(llama_stages, task, tokenizer, tmp_path):
     model = wrap(load_emulator(llama_stages.emulator))
     before = {n: p.clone() for n, p in model.named_parameters()}
@@ -127,23 +138,28 @@ def test_gradient_checkpointing_gives_the_same_gradients(stages, batch):
     assert torch.allclose(*gradients, rtol=1e-4, atol=1e-6)
 
 
-def test_training_with_gradient_checkpointing_gives_the_same_adapter(train, tmp_path):
-    plain, saving = (train(out=tmp_path / str(c), args={"gradient_checkpointing": c}) for c in (False, True))
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_training_with_gradient_checkpointing_gives_the_same_adapter(reentrant, train, tmp_path):
+    plain = train(out=tmp_path / "plain")
+    saving = train(out=tmp_path / "saving", args={"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}})
     for name, tensor in load_file(plain / "adapter_model.safetensors").items():
         assert torch.allclose(tensor, load_file(saving / "adapter_model.safetensors")[name], atol=1e-4), name
 
 
 class StopAt(TrainerCallback):
-    def __init__(self, step): self.step = step
+    "Stops the training after a step; `seen` are the steps that were made."
+    def __init__(self, step): self.step, self.seen = step, []
     def on_step_end(self, args, state, control, **kwargs):
+        self.seen.append(state.global_step)
         if state.global_step == self.step: control.should_training_stop = True
 
 
 def test_a_resumed_training_is_the_undisturbed_one(train, tmp_path):
-    args = {"steps": 6, "save_strategy": "steps", "save_steps": 3}
+    args, watch = {"steps": 6, "save_strategy": "steps", "save_steps": 3}, StopAt(6)
     straight = train(out=tmp_path / "straight", args={"steps": 6})
     half = train(out=tmp_path / "half", args=args, callbacks=[StopAt(3)])
-    resumed = train(out=tmp_path / "resumed", args=args, resume=True)
+    resumed = train(out=tmp_path / "resumed", args=args, resume=True, callbacks=[watch])
+    assert watch.seen == [4, 5, 6]
     straight, half, resumed = (load_file(p / "adapter_model.safetensors") for p in (straight, half, resumed))
     assert max(tiny.differs(straight[n], resumed[n]) for n in straight) < 1e-4 < max(tiny.differs(straight[n], half[n]) for n in straight)
 
@@ -158,11 +174,9 @@ def test_the_same_seed_gives_the_same_adapter(train, tmp_path):
 
 
 def test_callbacks_are_called(train):
-    seen = []
-    class Watch(TrainerCallback):
-        def on_step_end(self, args, state, control, **kwargs): seen.append(state.global_step)
-    train(callbacks=[Watch()])
-    assert seen == [1, 2, 3]
+    watch = StopAt(2)
+    train(callbacks=[watch])
+    assert watch.seen == [1, 2]
 
 
 def test_rows_are_evaluated_during_training(train, task):
