@@ -124,7 +124,7 @@ class AdapterTrainer(Trainer):
         residuals = inputs.pop("anchors", None)
         if self.anchors: self.anchors.current = residuals
         keep = keep_last(model, inputs["labels"])
-        if keep: inputs |= keep | {"labels": inputs["labels"][:, -keep["logits_to_keep"]:]}
+        if keep: inputs |= keep | {"labels": inputs["labels"][:, keep["logits_to_keep"]]}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 # %% ../nbs/20_finetune.ipynb #1601cc3c
