@@ -20,7 +20,7 @@ from .walk import Step, Walk, completion_losses
 
 # %% auto #0
 __all__ = ['MODES', 'CANDIDATES', 'orthonormal', 'subtract', 'correct_lora', 'check_family', 'Pieces', 'project_inputs',
-           'add_lora', 'judge', 'correct_adapter', 'for_model']
+           'add_lora', 'judge', 'beginnings', 'right_beginnings', 'choose', 'correct_adapter', 'for_model']
 
 # %% ../nbs/30_correct.ipynb #d208ac92
 MODES = ("none", "clamp", "gram", "auto")
@@ -162,7 +162,7 @@ def judge(
     rows, # held-out rows with prompt and completion
     limit: float, # for clamp
     **walk_options, # for Walk
-) -> list: # mean negative log-likelihood of the completions, nats per token, one for each candidate
+) -> list: # one dict for each candidate: mode, strength, nll (nats per token of the completions), accuracy (0 to 1, of their beginnings)
     "Every candidate through the whole model, in one streamed pass."
     walk = Walk(pieces.checkpoint, rows, variants=len(candidates), **walk_options)
     for step in tqdm(walk, desc="judge", unit="block"):
@@ -173,10 +173,35 @@ def judge(
             step.run(variant)
             for handle in handles: handle.remove()
     scores = []
-    for variant in range(len(candidates)):
-        losses, tokens = zip(*(completion_losses(logits, batch["labels"]) for batch, logits in walk.outputs(variant)))
-        scores.append(float(torch.cat(losses).sum() / torch.cat(tokens).sum()))
+    for variant, (mode, strength) in enumerate(candidates):
+        parts = [(*completion_losses(logits, batch["labels"]), *beginnings(logits, batch["labels"])) for batch, logits in walk.outputs(variant)]
+        losses, tokens, logits, truth = (torch.cat(p) for p in zip(*parts))
+        scores.append({"mode": mode, "strength": strength, "nll": float(losses.sum() / tokens.sum()), "accuracy": right_beginnings(logits, truth)})
     return scores
+
+def beginnings(
+    logits: torch.Tensor, # (rows, positions, vocabulary), the last positions of the batch
+    labels: torch.Tensor, # (rows, tokens), -100 where there is nothing to predict
+) -> tuple: # (logits of the first completion token (rows, vocabulary), that token (rows,))
+    "What the model says at the place where each completion begins."
+    first, rows = (labels >= 0).int().argmax(1).clamp_min(1), torch.arange(len(labels))
+    return logits[rows, first - 1 - (labels.shape[1] - logits.shape[1])].float(), labels[rows, first].to(logits.device)
+
+def right_beginnings(
+    logits: torch.Tensor, # (rows, vocabulary)
+    truth: torch.Tensor, # (rows,) token ids
+) -> float: # between 0 and 1
+    "The share of rows whose first token is the most likely: of those that occur if they repeat, else of all."
+    options = truth.unique()
+    if len(options) > 1 and 5 * len(options) <= len(truth): return float((options[logits[:, options].argmax(1)] == truth).float().mean())
+    return float((logits.argmax(1) == truth).float().mean())
+
+def choose(
+    scores: list, # of judge, with none × 1 among them
+) -> dict: # the best of them
+    "The lowest loss among the candidates that begin no fewer completions right than the uncorrected LoRA."
+    floor = next(s["accuracy"] for s in scores if (s["mode"], s["strength"]) == ("none", 1.0))
+    return min((s for s in scores if s["accuracy"] >= floor), key=lambda s: s["nll"])
 
 # %% ../nbs/30_correct.ipynb #d8dcbfc3
 def correct_adapter(
@@ -206,14 +231,14 @@ def correct_adapter(
         project_inputs(pieces, calibration, **walk_options)
     if mode == "auto":
         scores = judge(pieces, CANDIDATES, held_out, limit, **walk_options)
-        candidates = [CANDIDATES[min(range(len(scores)), key=scores.__getitem__)]]
+        candidates = [(choose(scores)["mode"], choose(scores)["strength"])]
     done, strength = candidates[0]
     pairs = {}
     for module in tqdm(raw.pairs, desc=f"correct: {done}", unit="layer"):
         B = pieces.corrected(module, [done], limit)[0]
         pairs[module] = (pieces.pairs[module][0], strength * B)
     record = {"mode": done, "asked": mode, "strength": strength, "limit": limit}
-    if scores: record["candidates"] = [{"mode": m, "strength": k, "nll": s} for (m, k), s in zip(CANDIDATES, scores)]
+    if scores: record["candidates"] = scores
     with new_directory(out) as folder: write_adapter(for_model(raw, pairs, record, pieces, model), folder)
     return out
 

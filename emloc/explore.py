@@ -145,16 +145,18 @@ def error_figure(
 
 # %% ../nbs/60_explore.ipynb #7b83a630
 def candidate_figure(
-    candidates: list, # dicts with mode, strength, nll
+    candidates: list, # dicts with mode, strength, nll, accuracy
+    chosen: dict | None = None, # one of them, to be outlined
 ) -> Figure:
-    "The loss of every candidate that mode auto judged; the best one is outlined."
+    "The loss of every candidate that mode auto judged, and the share of beginnings that it gets right."
     figure, ax = plt.subplots(figsize=(7, 2.6))
     names, losses = [f"{c['mode']} × {c['strength']:g}" for c in candidates], [c["nll"] for c in candidates]
     bars = ax.barh(range(len(names)), losses, color=[COLOURS[c["mode"]] for c in candidates])
-    bars[losses.index(min(losses))].set(edgecolor="black", linewidth=2)
+    if chosen: bars[candidates.index(chosen)].set(edgecolor="black", linewidth=2)
     ax.set_yticks(range(len(names)), names, fontsize=8); ax.invert_yaxis()
-    for i, loss in enumerate(losses): ax.text(loss, i, f" {loss:.3f}", va="center", fontsize=8)
-    ax.set_xlabel("held-out loss of the whole model (nats per token)")
+    for i, c in enumerate(candidates): ax.text(c["nll"], i, f" {c['nll']:.3f}, right {c['accuracy']:.0%}", va="center", fontsize=8)
+    ax.margins(x=0.2)
+    ax.set_xlabel("held-out loss of the whole model (nats per token), and completions that begin right")
     figure.tight_layout()
     return figure
 

@@ -5,7 +5,7 @@ import torch
 from peft import PeftModel
 
 from emloc.adapter import Adapter, read_adapter, write_adapter
-from emloc.correct import CANDIDATES, Pieces, correct_adapter, correct_lora, judge, orthonormal, project_inputs
+from emloc.correct import CANDIDATES, Pieces, beginnings, choose, correct_adapter, correct_lora, judge, orthonormal, project_inputs, right_beginnings
 from emloc.data import EmlocError, collator, encode_rows
 from emloc.emulator import build_emulator, emulator_weight, load_emulator
 from emloc.evaluate import alignment_report
@@ -257,28 +257,46 @@ def test_candidates_are_judged_as_peft_would_run_them(stages, correct, task, tmp
     scores = judge(pieces, candidates, task.validation, 3.0, batch_size=3)
     for (mode, strength), score in zip(candidates, scores):
         out = correct(stages, mode, out=tmp_path / f"{mode}-{strength}", strength=strength)
-        assert score == pytest.approx(nll(stages.model, out, task.validation), abs=1e-4), (mode, strength)
-    assert max(scores) - min(scores) > 1e-3
+        assert (score["mode"], score["strength"]) == (mode, strength)
+        assert score["nll"] == pytest.approx(nll(stages.model, out, task.validation), abs=1e-4), (mode, strength)
+    assert max(s["nll"] for s in scores) - min(s["nll"] for s in scores) > 1e-3
 
 
 def test_auto_takes_the_best_candidate_and_none_is_one(stages, correct, task):
     record = read_adapter(correct(stages, "auto", held_out=task.validation)).info["correction"]
     assert [(c["mode"], c["strength"]) for c in record["candidates"]] == CANDIDATES and ("none", 1.0) in CANDIDATES
-    best = min(record["candidates"], key=lambda c: c["nll"])
+    best = choose(record["candidates"])
     assert (record["mode"], record["strength"]) == (best["mode"], best["strength"])
 
 
 def test_what_auto_wrote_scores_what_it_says_and_no_worse_than_none(stages, correct, task):
     out, none = correct(stages, "auto", held_out=task.validation), correct(stages, "none")
-    stated = min(c["nll"] for c in read_adapter(out).info["correction"]["candidates"])
+    stated = choose(read_adapter(out).info["correction"]["candidates"])["nll"]
     assert nll(stages.model, out, task.validation) == pytest.approx(stated, abs=1e-4)
     assert stated <= nll(stages.model, none, task.validation) + 1e-4
 
 
 def test_auto_without_held_out_rows_judges_on_a_quarter_of_the_calibration(llama_stages, correct, task):
     out = correct(llama_stages, "auto")
-    stated = min(c["nll"] for c in read_adapter(out).info["correction"]["candidates"])
+    stated = choose(read_adapter(out).info["correction"]["candidates"])["nll"]
     assert nll(llama_stages.model, out, task.train.select(range(9))) == pytest.approx(stated, abs=1e-4)
+
+
+def test_a_lower_loss_does_not_buy_wrong_answers():
+    none, strong, good = ({"mode": m, "strength": k, "nll": n, "accuracy": a} for m, k, n, a in (("none", 1.0, 3.0, 0.8), ("gram", 2.0, 1.0, 0.7), ("gram", 1.4, 2.0, 0.8)))
+    assert choose([none, strong, good]) == good
+    assert choose([none, strong]) == none
+
+
+def test_beginnings_are_ranked_among_those_that_occur():
+    logits, labels = torch.zeros(10, 3, 6), torch.full((10, 4), -100)
+    labels[:, 2] = torch.tensor([1, 2] * 5)
+    labels[:, 3] = 5
+    logits[:, 0, 4] = 9.0 # the favourite is no label
+    logits[:, 0, 1] = 1.0 # and among the labels, always the first
+    first, truth = beginnings(logits, labels)
+    assert truth.tolist() == [1, 2] * 5 and right_beginnings(first, truth) == 0.5
+    assert right_beginnings(first, torch.arange(10) % 6) == pytest.approx(0.1) # too many to be labels: the favourite counts, and row 4 has it
 
 
 def test_the_raw_adapter_and_the_emulator_stay_as_they_are(llama_stages, correct):
