@@ -24,11 +24,12 @@ from .evaluate import evaluate_task
 from .finetune import lora_config, train_adapter, training_args
 from .merge import merge_adapter
 from .model import Checkpoint, check_out, find_model
+from .polish import polish_adapter
 from .rank import by_spectrum, check_ratio
 
 # %% auto #0
-__all__ = ['STAGES', 'emulate', 'finetune', 'anchored_rows', 'anchor', 'parse_pattern', 'correct', 'merge', 'evaluate', 'demo',
-           'as_words', 'read_config', 'run', 'Parser', 'options', 'parser', 'describe', 'main']
+__all__ = ['STAGES', 'OPTIONAL', 'emulate', 'finetune', 'anchored_rows', 'anchor', 'parse_pattern', 'correct', 'polish', 'merge',
+           'evaluate', 'demo', 'as_words', 'read_config', 'run', 'Parser', 'options', 'parser', 'describe', 'main']
 
 # %% ../nbs/70_cli.ipynb #d1399db6
 def emulate(args) -> dict:
@@ -99,6 +100,15 @@ def correct(args) -> dict:
                           batch_size=args.batch_size, max_length=args.max_length, device=args.device)
     return {"adapter": str(out)} | read_adapter(out).info["correction"]
 
+def polish(args) -> dict:
+    "A few exact LoRA steps on the whole model, streamed block by block, from a corrected ADAPTER."
+    task = load_task(args.task)
+    print(f"polish of {args.adapter} on {args.model}: {args.steps} steps of {args.rows} rows of {args.task}")
+    out = polish_adapter(args.adapter, args.model, task.train, args.out, steps=args.steps, lr=args.lr, rows=args.rows, batch_size=args.batch_size,
+                         max_length=args.max_length, seed=args.seed, device=args.device)
+    losses = read_adapter(out).info["polish"]["losses"]
+    return {"adapter": str(out), "first_loss": losses[0], "last_loss": losses[-1]}
+
 def merge(args) -> dict:
     "Put ADAPTER into the weights of MODEL."
     print(f"merge of {args.adapter} into {args.model}")
@@ -116,7 +126,8 @@ def demo(args) -> dict:
     return asdict(report)
 
 # %% ../nbs/70_cli.ipynb #cc8d1444
-STAGES = ("emulate", "finetune", "correct", "merge", "evaluate")
+STAGES = ("emulate", "finetune", "correct", "polish", "merge", "evaluate")
+OPTIONAL = ("polish", "merge") # done only where the file names them
 
 def as_words(options: dict) -> list: # command-line words
     "Options of a config file as the words that one would type."
@@ -148,11 +159,13 @@ def run(args) -> dict:
     "All stages with the options of a YAML file; a stage whose result is there already is not done again."
     config = read_config(args.config)
     model, task, out = str(config.get("model", "default")), str(config["task"]), Path(config["out"])
-    folders = {"emulate": out / "emulator", "finetune": out / "adapter-raw", "correct": out / "adapter", "merge": out / "model"}
+    folders = {"emulate": out / "emulator", "finetune": out / "adapter-raw", "correct": out / "adapter", "polish": out / "adapter-polished", "merge": out / "model"}
+    final = folders["polish" if config["polish"] else "correct"]
     words = {"emulate": [model, task], "finetune": [folders["emulate"], task],
              "correct": [folders["finetune"], "--emulator", folders["emulate"], "--model", model, "--task", task],
-             "merge": [model, folders["correct"]], "evaluate": [model, task, "--adapter", folders["correct"]]}
-    wanted = [s for s in STAGES if config[s] is not False and (s != "merge" or config[s])]
+             "polish": [folders["correct"], "--model", model, "--task", task],
+             "merge": [model, final], "evaluate": [model, task, "--adapter", final]}
+    wanted = [s for s in STAGES if config[s] is not False and (s not in OPTIONAL or config[s])]
     # every stage's options are parsed before the first stage runs, so that a slip in the last one costs nothing
     lines = {}
     for stage in wanted:
@@ -233,13 +246,20 @@ def parser() -> Parser:
     c.add_argument("--limit", type=float, default=3.0, help="of mode clamp")
     c.add_argument("--strength", type=float, default=1.0, help="factor on the corrected LoRA; mode auto chooses its own")
     c.add_argument("--rows", type=int, default=128, help="calibration rows")
+    c = options(sub, "polish", polish, ["adapter"], "adapter-polished")
+    c.set_defaults(batch_size=8)
+    c.add_argument("--model", required=True, help="the whole model")
+    c.add_argument("--task", required=True, help="whose training rows are learnt from")
+    c.add_argument("--steps", type=int, default=10, help="optimizer steps")
+    c.add_argument("--lr", type=float, default=1e-3, help="learning rate, falling to zero")
+    c.add_argument("--rows", type=int, default=32, help="in each step")
     options(sub, "merge", merge, ["model", "adapter"], "merged", walk=False)
     c = options(sub, "evaluate", evaluate, ["model", "task"])
     c.add_argument("--adapter", help="adapter directory to put on the model")
     c.add_argument("--rows", type=int, help="only so many test rows")
     options(sub, "run", run, ["config"], walk=False)
-    for name in ("emulate", "finetune", "correct", "demo"): sub.choices[name].add_argument("--seed", type=int, default=0, help="of rows and training")
-    for name in ("emulate", "anchor", "correct"): sub.choices[name].add_argument("--device", help="where a block runs; by default the GPU if there is one")
+    for name in ("emulate", "finetune", "correct", "polish", "demo"): sub.choices[name].add_argument("--seed", type=int, default=0, help="of rows and training")
+    for name in ("emulate", "anchor", "correct", "polish"): sub.choices[name].add_argument("--device", help="where a block runs; by default the GPU if there is one")
     return top
 
 # %% ../nbs/70_cli.ipynb #3a36a140

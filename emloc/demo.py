@@ -21,6 +21,7 @@ from .explore import score_figure
 from .finetune import train_adapter, train_lora, training_args, wrap
 from .memory import measure
 from .model import Checkpoint, check_out, default_model
+from .polish import polish_adapter
 
 # %% auto #0
 __all__ = ['NEXT', 'Report', 'weight_bytes', 'Demo', 'run_demo']
@@ -103,6 +104,11 @@ class Demo:
         return self.stage(f"3 correction: {mode}", lambda: correct_adapter(raw, emulator, self.model, out, mode=mode,
                           calibration=self.task.calibration(128), held_out=self.task.validation))
 
+    def polish(self, adapter: Path, seed: int) -> Path:
+        "After stage 3: ten exact steps on the whole model, streamed."
+        out = self.out / "adapter-polished"
+        return self.stage("polish (10 steps)", lambda: polish_adapter(adapter, self.model, self.task.train, out, seed=seed))
+
     def reference(self, **training) -> Path:
         "What all this is measured against: the same LoRA trained on the whole model."
         def work():
@@ -116,12 +122,12 @@ class Demo:
 
 # %% ../nbs/61_demo.ipynb #bb20324c
 NEXT = """
-The result is a PEFT adapter for the whole model: {out}/adapter
-    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{model}"), "{out}/adapter")
+The result is a PEFT adapter for the whole model: {out}/adapter (mode auto), and {out}/adapter-polished
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{model}"), "{out}/adapter-polished")
 Also there: emulator/, adapter-raw/, one adapter for each correction, demo.json, demo.png
 Try next:
-    emloc merge default {out}/adapter --out merged          # one model directory instead of an adapter
-    emloc evaluate default bbc --adapter {out}/adapter
+    emloc merge default {out}/adapter-polished --out merged # one model directory instead of an adapter
+    emloc evaluate default bbc --adapter {out}/adapter-polished
     emloc emulate MODEL rows.jsonl --out emulator           # your own model and rows; then finetune, correct
     jupyter lab nbs/                                        # the lessons
 """
@@ -145,6 +151,7 @@ def run_demo(
     raw = demo.finetune(emulator, steps=steps, seed=seed)
     demo.score("emulator with LoRA", emulator, raw)
     for mode in MODES: demo.score(f"model, LoRA corrected: {mode}", demo.model, demo.correct(emulator, raw, mode))
+    demo.score("model, corrected and polished", demo.model, demo.polish(demo.out / "adapter", seed))
     if reference: demo.score("LoRA trained on the model", demo.model, demo.reference(steps=steps, seed=seed))
     (demo.out / "demo.json").write_text(json.dumps(asdict(demo.report), indent=1))
     figure = score_figure(demo.report.rows)

@@ -104,33 +104,57 @@ class Walk:
         self.checkpoint = path if isinstance(path, Checkpoint) else Checkpoint(path)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         tokenizer = load_tokenizer(self.checkpoint.path)
-        self.rows = encode_rows(rows, tokenizer, max_length)
-        self.batches, self.order = make_batches(self.rows, tokenizer, batch_size)
+        self.tokenizer = tokenizer
+        self.set_rows(encode_rows(rows, tokenizer, max_length), batch_size, variants)
         self.model = skeleton(self.checkpoint) if model is None else model
         self.names = block_names(self.model)
         self.blocks = [self.model.get_submodule(n) for n in self.names]
         fill(self.model, self.checkpoint, skip=self.names, device=self.device)
         self.model.tie_weights()
+        self.start, self.tuples, self.mask = 0, {}, None
+
+    def set_rows(
+        self,
+        encoded, # encoded rows
+        batch_size: int, # rows
+        variants: int = 1, # as above
+    ):
+        "Begin again with other rows; the skeleton and the parts outside the blocks stay."
+        self.rows, self.batch_size = encoded, batch_size
+        self.batches, self.order = make_batches(encoded, self.tokenizer, batch_size)
         self.hidden = [[None] * len(self.batches) for _ in range(variants)]
-        self.start, self.tuples, self.mask, self.batch_size = 0, {}, None, batch_size
 
     def __len__(self): return len(self.names)
 
+    @contextmanager
+    def block(
+        self,
+        index: int, # which
+    ):
+        "One block in memory for the duration of the `with`."
+        yield Step(self, index, self.names[index], fill(self.model, self.checkpoint, self.names[index], device=self.device))
+        empty(self.blocks[index])
+
     def __iter__(self):
         for i in range(self.start, len(self)):
-            block = fill(self.model, self.checkpoint, self.names[i], device=self.device)
-            yield Step(self, i, self.names[i], block)
-            empty(block)
+            with self.block(i) as step: yield step
 
     def tokens(self) -> int: # without padding
         "How many tokens the rows have."
         return int(sum(b["attention_mask"].sum() for b in self.batches))
 
     @torch.no_grad()
-    def _run(self, number: int, index: int, variant: int = 0, **more):
-        "The model's own forward on one batch, with only block `index` real; index = len(self) gives the model's output."
+    def _run(self, number: int, index: int, variant: int = 0, **more): return self.forward(number, index, self.hidden[variant][number], **more)
+
+    def forward(
+        self,
+        number: int, # of the batch
+        index: int, # of the block, or len(self) for what comes after the last
+        kept: torch.Tensor | None, # the hidden state that goes in; None: what the model itself hands to the first block
+        **more, # for the model's forward
+    ): # the hidden state after the block, or the model's output
+        "The model's own forward on one batch, with only one block real. Gradients flow from the result to what goes in."
         batch = {k: v.to(self.device) for k, v in self.batches[number].items() if k != "labels"}
-        kept = self.hidden[variant][number]
         self.mask, found = batch["attention_mask"].bool(), []
         def call(i, own, args, kwargs):
             if i == index:

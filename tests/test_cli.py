@@ -48,12 +48,13 @@ def test_evaluate_tells_the_merged_model_from_the_plain_one(stages, llama, rows,
 
 def test_run_goes_through_all_stages_and_keeps_what_is_there(tmp_path, rows, llama, capsys):
     config = {"model": str(llama), "task": str(rows), "out": str(tmp_path / "run"), "emulate": {"ratio": 0.5, "rows": 20},
-              "finetune": {"steps": 2, "targets": ["q_proj"], "rslora": True, "alpha_pattern": {"q_proj": 4}}, "correct": {"mode": "gram"}, "merge": True, "evaluate": {"rows": 8}}
+              "finetune": {"steps": 2, "targets": ["q_proj"], "rslora": True, "alpha_pattern": {"q_proj": 4}}, "correct": {"mode": "gram"}, "polish": {"steps": 1, "rows": 4}, "merge": True, "evaluate": {"rows": 8}}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
     assert main(["run", str(tmp_path / "config.yaml"), "--json", str(tmp_path / "first.json")]) == 0
     result = json.loads((tmp_path / "first.json").read_text())
     assert result["correct"]["mode"] == "gram" and result["evaluate"]["rows"] == 8
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+    assert result["polish"]["first_loss"] > 0
     assert main(["run", str(tmp_path / "config.yaml"), "--json", str(tmp_path / "second.json")]) == 0
     assert set(json.loads((tmp_path / "second.json").read_text())["finetune"]) == {"kept"}
 
