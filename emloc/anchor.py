@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from .data import EmlocError, collator
-from .emulator import emulator_config, open_partial, put_pairs, write_json
+from .emulator import open_partial, write_json
+from .lowrank import emulator_config, put_pairs
 from .model import Checkpoint, block_names, check_out, find_model, finish_directory, skeleton
 from .walk import Walk, hidden_of
 

@@ -19,9 +19,10 @@ from .anchor import STORED, Anchors, compute_anchors
 from .correct import MODES, correct_adapter
 from .data import EmlocError, load_task
 from .demo import run_demo
-from .emulator import build_emulator, collect_spectra, emulator_config
+from .emulator import build_emulator, collect_spectra
 from .evaluate import evaluate_task
 from .finetune import lora_config, train_adapter, training_args
+from .lowrank import emulator_config
 from .merge import merge_adapter
 from .model import Checkpoint, check_out, find_model
 from .polish import polish_adapter

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from .adapter import Adapter, check_shapes, read_adapter, write_adapter
 from .data import EmlocError
-from .emulator import emulator_config, emulator_weight
+from .lowrank import emulator_config, emulator_weight
 from .model import Checkpoint, Conv1D, block_linears, check_out, dense_weight, find_model, new_directory, skeleton
 from .spectrum import Gram
 from .walk import Step, Walk, completion_losses

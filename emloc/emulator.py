@@ -12,16 +12,13 @@ import shutil
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
-from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
-from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from .data import EmlocError
-from .model import (Checkpoint, block_linears, check_out, dense_weight, find_model, finish_directory, model_class, skeleton)
+from .lowrank import EmulatorConfig, LowRankLinear
+from .model import Checkpoint, block_linears, check_out, dense_weight, find_model, finish_directory
 from .rank import uniform
 from .spectrum import Gram, decompose, truncate
 from .walk import Step, Walk
@@ -29,122 +26,10 @@ from .walk import Step, Walk
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'README', 'LowRankLinear', 'EmulatorConfig', 'EmulatorQuantizer', 'tolerant', 'put_pairs', 'emulator_config',
-           'is_emulator', 'load_emulator', 'emulator_weight', 'build_block', 'choose_ranks', 'open_partial',
-           'write_json', 'finish_emulator', 'block_file', 'check_calibration', 'build_emulator', 'collect_spectra']
+__all__ = ['log', 'README', 'build_block', 'choose_ranks', 'open_partial', 'write_json', 'finish_emulator', 'block_file',
+           'check_calibration', 'build_emulator', 'collect_spectra']
 
-# %% ../nbs/12_emulator.ipynb #bcbf9742
-class LowRankLinear(nn.Module):
-    "A linear layer in two thin factors: y = (x Vᵀ) Uᵀ + b."
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int, # k, the inner dimension
-        bias: bool = False,
-        device=None,
-        dtype=None,
-    ):
-        super().__init__()
-        self.in_features, self.out_features, self.rank = in_features, out_features, rank
-        kwargs = {"device": device, "dtype": dtype}
-        self.U = nn.Parameter(torch.empty(out_features, rank, **kwargs))
-        self.V = nn.Parameter(torch.empty(rank, in_features, **kwargs))
-        self.bias = nn.Parameter(torch.empty(out_features, **kwargs)) if bias else None
-
-    def forward(self, x): return F.linear(F.linear(x, self.V), self.U, self.bias)
-    def extra_repr(self): return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, bias={self.bias is not None}"
-
-# %% ../nbs/12_emulator.ipynb #c6368610
-# a notebook that defines these classes again, after a module did, must not be refused
-AUTO_QUANTIZATION_CONFIG_MAPPING.pop("emloc", None), AUTO_QUANTIZER_MAPPING.pop("emloc", None)
-
-@register_quantization_config("emloc")
-class EmulatorConfig(QuantizationConfigMixin):
-    "What config.json says of an emulator: ranks by module name, and the model that it emulates."
-    def __init__(self, ranks=None, base_model=None, base_fingerprint=None, ratio=None, **kwargs):
-        self.quant_method = "emloc"
-        self.ranks, self.base_model, self.base_fingerprint, self.ratio = ranks or {}, base_model, base_fingerprint, ratio
-
-@register_quantizer("emloc")
-class EmulatorQuantizer(HfQuantizer):
-    "Puts the pairs in place before transformers loads the weights."
-    requires_calibration = True
-
-    def _process_model_before_weight_loading(self, model, **kwargs):
-        put_pairs(model, self.quantization_config.ranks)
-        for part in model.modules():
-            if hasattr(part, "_init_weights"): part._init_weights = tolerant(part._init_weights)
-
-    def _process_model_after_weight_loading(self, model, **kwargs):
-        for part in model.modules(): part.__dict__.pop("_init_weights", None)
-
-    def is_serializable(self): return True
-    @property
-    def is_trainable(self): return True
-
-def tolerant(
-    initialise, # a model's _init_weights
-): # the same, for a model with pairs
-    "Some architectures re-initialise `child.weight` of their blocks (GPT-2's c_proj); a pair has none, and is loaded anyway."
-    def call(module):
-        try: initialise(module)
-        except AttributeError:
-            if not any(isinstance(child, LowRankLinear) for child in module.children()): raise
-    return call
-
-def put_pairs(
-    model: nn.Module, # a model or skeleton, changed in place
-    ranks: dict, # {module name: rank}
-):
-    "Replace the named linears by empty pairs of the given ranks."
-    for name, rank in ranks.items():
-        linear = model.get_submodule(name)
-        out, in_ = dense_weight(linear).shape
-        pair = LowRankLinear(in_, out, rank, linear.bias is not None, linear.weight.device, linear.weight.dtype)
-        model.set_submodule(name, pair)
-
-# %% ../nbs/12_emulator.ipynb #90b6dd45
-def emulator_config(
-    path, # an emulator directory
-) -> EmulatorConfig:
-    "What the emulator says of itself. Raises `EmlocError` when the directory is no emulator."
-    file = Path(path) / "config.json"
-    if not file.is_file(): raise EmlocError(f"emulator {path}: no such emulator directory; `emloc emulate` writes one")
-    entry = json.loads(file.read_text()).get("quantization_config", {})
-    if entry.get("quant_method") != "emloc": raise EmlocError(f"emulator {path}: this is a model but no emulator; `emloc emulate` makes one from it")
-    return EmulatorConfig(**entry)
-
-def is_emulator(
-    path, # a directory, or anything else
-) -> bool:
-    "Whether this is an emulator directory."
-    try: emulator_config(path)
-    except EmlocError: return False
-    return True
-
-def load_emulator(
-    path, # an emulator directory
-    **kwargs, # for from_pretrained: dtype, device_map, attn_implementation, …
-): # a PreTrainedModel with LowRankLinear modules
-    "The emulator, ready to train on. Raises `EmlocError` when the directory is no emulator."
-    ranks, checkpoint = emulator_config(path).ranks, Checkpoint(path)
-    missing = [f"{n}.{factor}" for n in ranks for factor in "UV" if checkpoint.key(f"{n}.{factor}") is None]
-    if missing: raise EmlocError(f"emulator {path}: {missing[0]} is not in its files; build it again")
-    model, info = model_class(checkpoint.config).from_pretrained(path, **{"dtype": "auto"} | kwargs, output_loading_info=True)
-    wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
-    if wrong: raise EmlocError(f"emulator {path}: {wrong[0]} in its files does not fit the model; build it again")
-    return model
-
-def emulator_weight(
-    checkpoint: Checkpoint, # of an emulator
-    module: str, # a linear's name
-) -> torch.Tensor: # W_E (out, in), float32; None when this weight stayed dense
-    "The weight that a pair stands for, from disk."
-    if checkpoint.key(f"{module}.U") is None: return None
-    return checkpoint.read(f"{module}.U").float() @ checkpoint.read(f"{module}.V").float()
-
-# %% ../nbs/12_emulator.ipynb #180c6660
+# %% ../nbs/12_emulator.ipynb #d577a134
 def build_block(
     step: Step, # a block in memory, before it has run
     ranks: dict, # {module name: rank}
@@ -173,7 +58,7 @@ def build_block(
         errors[name] = spectrum.error(ranks[name])
     return {n: t.detach().contiguous().cpu() for n, t in tensors.items()}, sigmas, errors
 
-# %% ../nbs/12_emulator.ipynb #784da4d6
+# %% ../nbs/12_emulator.ipynb #90b6dd45
 def choose_ranks(
     shapes: dict, # {name: (out, in)}, the linears of the blocks
     ratio: float | None, # one ratio for all
@@ -214,7 +99,7 @@ def write_json(
     partial.write_text(json.dumps(content, indent=1))
     partial.replace(file)
 
-# %% ../nbs/12_emulator.ipynb #eb3684a5
+# %% ../nbs/12_emulator.ipynb #e1f10d49
 README = """# An EMLoC emulator
 
 This is not a language model to use: it is the small stand-in of `{base}` on which a LoRA is trained before it moves to that model.
@@ -247,7 +132,7 @@ def finish_emulator(
 def block_file(index: int, blocks: int) -> str: # the name of a block's safetensors file; index = blocks is the dense rest
     return f"model-{index + 1:05d}-of-{blocks + 1:05d}.safetensors"
 
-# %% ../nbs/12_emulator.ipynb #853e9d76
+# %% ../nbs/12_emulator.ipynb #180c6660
 def check_calibration(
     walk: Walk, # with the calibration rows
     ranks: dict, # {name: rank}
@@ -301,7 +186,7 @@ def build_emulator(
     finish_directory(partial, out)
     return out
 
-# %% ../nbs/12_emulator.ipynb #38faddb5
+# %% ../nbs/12_emulator.ipynb #de30c32f
 def collect_spectra(
     model, # a model directory, a hub name, or 'default'
     calibration, # rows with prompt and completion

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from .adapter import read_adapter
 from .correct import Pieces
 from .data import EmlocError, Task, brief, collator, encode_row, load_tokenizer
-from .emulator import is_emulator, load_emulator
+from .lowrank import is_emulator, load_emulator
 from .finetune import load_adapter
 from .model import Checkpoint, find_model
 from .spectrum import Gram

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 from .adapter import PREFIX, check_lora, check_shapes, read_adapter, resolve_targets, write_adapter
 from .anchor import Anchors
 from .data import EmlocError, collator, encode_rows, load_tokenizer
-from .emulator import LowRankLinear, emulator_config, load_emulator
+from .lowrank import LowRankLinear, emulator_config, load_emulator
 from .model import block_linears, check_out, dense_weight, new_directory
 from .walk import keep_last
 
@@ -90,7 +90,8 @@ def training_args(
 ) -> TrainingArguments:
     "TrainingArguments with emloc's defaults: bfloat16 autocast, linear decay, no reports, no checkpoints unless asked for."
     defaults = dict(output_dir=str(out), max_steps=steps, learning_rate=lr, per_device_train_batch_size=batch_size, warmup_steps=min(10, steps // 10),
-                    lr_scheduler_type="linear", logging_steps=10, save_strategy="no", report_to="none", bf16=True, use_cpu=not torch.cuda.is_available(),
+                    lr_scheduler_type="linear", logging_steps=10, save_strategy="no", report_to="none",
+                    bf16=not torch.cuda.is_available() or torch.cuda.is_bf16_supported(), use_cpu=not torch.cuda.is_available(),
                     dataloader_pin_memory=False, remove_unused_columns=False)
     return TrainingArguments(**defaults | more)
 

@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from .adapter import check_shapes, read_adapter
 from .data import EmlocError
-from .emulator import is_emulator
+from .lowrank import is_emulator
 from .model import Checkpoint, Conv1D, dense_weight, find_model, linears, new_directory, skeleton
 
 # %% auto #0

@@ -5,7 +5,8 @@ import torch
 
 from emloc.anchor import Anchors, anchor_bytes, anchored_blocks, compute_anchors
 from emloc.data import EmlocError, encode_rows, load_tokenizer
-from emloc.emulator import build_emulator, load_emulator
+from emloc.emulator import build_emulator
+from emloc.lowrank import load_emulator
 from emloc.finetune import lora_config, train_adapter, training_args, wrap
 
 

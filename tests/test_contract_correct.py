@@ -7,7 +7,8 @@ from peft import PeftModel
 from emloc.adapter import Adapter, read_adapter, write_adapter
 from emloc.correct import CANDIDATES, Pieces, beginnings, choose, correct_adapter, correct_lora, judge, orthonormal, project_inputs, right_beginnings
 from emloc.data import EmlocError, collator, encode_rows
-from emloc.emulator import build_emulator, emulator_weight, load_emulator
+from emloc.emulator import build_emulator
+from emloc.lowrank import emulator_weight, load_emulator
 from emloc.evaluate import alignment_report
 from emloc.finetune import load_adapter, lora_config, train_adapter, training_args, wrap
 from emloc.model import Checkpoint, dense_weight

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 
 import emloc.emulator
 from emloc.data import EmlocError
-from emloc.emulator import LowRankLinear, build_emulator, collect_spectra, emulator_config, emulator_weight, load_emulator
+from emloc.emulator import build_emulator, collect_spectra
+from emloc.lowrank import LowRankLinear, emulator_config, emulator_weight, load_emulator
 from emloc.model import Checkpoint, block_linears, block_names, dense_weight, skeleton
 from emloc.rank import by_spectrum, uniform
 from emloc.spectrum import Gram, decompose, truncate

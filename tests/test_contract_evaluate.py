@@ -6,7 +6,7 @@ from datasets import Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from emloc.data import EmlocError, Task, collator, encode_row
-from emloc.emulator import load_emulator
+from emloc.lowrank import load_emulator
 from emloc.evaluate import answer, evaluate_task, needed, sequence_losses
 from emloc.finetune import load_adapter
 

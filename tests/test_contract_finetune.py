@@ -10,7 +10,8 @@ from transformers import TrainerCallback
 
 from emloc.adapter import read_adapter
 from emloc.data import EmlocError, collator, encode_rows
-from emloc.emulator import build_emulator, load_emulator
+from emloc.emulator import build_emulator
+from emloc.lowrank import load_emulator
 from emloc.finetune import load_adapter, lora_config, register_pairs, train_adapter, train_lora, training_args, wrap
 from emloc.model import Checkpoint, block_linears, skeleton
 
