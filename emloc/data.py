@@ -83,8 +83,7 @@ def find_labels(
     rows: Dataset, # columns prompt, completion
 ) -> list | None: # the sorted different completions, or None when the task is not a classification
     "The labels of a classification, recognised by their repetition."
-    if len(rows) == 0 or not isinstance(rows[0]["completion"], str): return None
-    counts = Counter(rows["completion"])
+    counts = Counter(c if isinstance(c, str) else c[-1]["content"] for c in rows["completion"])
     return sorted(counts) if 2 <= len(counts) <= 50 and len(rows) >= 5 * len(counts) else None
 
 # %% ../nbs/00_data.ipynb #50940c55

@@ -189,3 +189,10 @@ def test_what_is_no_dataset_is_named(offline):
 def test_an_empty_training_split_cannot_calibrate(task):
     from emloc.data import Task
     with pytest.raises(EmlocError, match="no training rows"): Task("none", task.train.select([]), task.test, task.test).calibration()
+
+
+def test_labels_of_chat_rows_are_what_the_assistant_says(tmp_path):
+    turns = lambda i: [{"role": "user", "content": f"number {i}"}, {"role": "assistant", "content": ["odd", "even"][i % 2]}]
+    file = tmp_path / "chat.jsonl"
+    file.write_text("\n".join(json.dumps({"messages": turns(i)}) for i in range(40)))
+    assert load_task(file).labels == ["even", "odd"]
