@@ -55,6 +55,7 @@ if __name__ == "__main__":
     for report, seed in zip(reports, args.seeds): report["settings"] = {k: v for k, v in report["settings"].items() if k != "model"} | {"seed": seed}
     markdown = table(reports, about)
     (HERE / "results" / "quality.json").write_text(json.dumps({"machine": about, "reports": reports, "markdown": markdown}, indent=1) + "\n")
+    (HERE.parent / "nbs" / "images").mkdir(parents=True, exist_ok=True)
     means = [{"name": row["name"], **{k: statistics.mean(r["rows"][i][k] for r in reports) for k in ("accuracy", "nll")}} for i, row in enumerate(reports[0]["rows"])]
     score_figure(means).savefig(HERE.parent / "nbs" / "images" / "quality.png", dpi=110)
     print(markdown)
