@@ -57,7 +57,7 @@ def panel(
 
 def play(draw, **controls):
     "Show a `panel`; its first picture is stored with it for pages without a kernel."
-    with plt.ioff(): shown = panel(draw, **controls)
+    shown = panel(draw, **controls)
     static = {"image/png": base64.b64encode(shown.picture.value).decode()} if shown.picture.value else {"text/html": shown.message.value}
     display({"application/vnd.jupyter.widget-view+json": {"version_major": 2, "version_minor": 0, "model_id": shown.model_id},
              "text/plain": f"{draw.__name__}: controls {', '.join(shown.controls)}", **static}, raw=True)
