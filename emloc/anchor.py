@@ -5,7 +5,6 @@
 # %% ../nbs/13_anchor.ipynb #2e86eb35
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import time
@@ -18,14 +17,14 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from .data import EmlocError, collator
-from .emulator import open_partial, write_json
+from .emulator import open_partial, rows_hash, write_json
 from .lowrank import emulator_config, put_pairs
 from .model import Checkpoint, block_names, check_out, find_model, finish_directory, skeleton
 from .walk import Walk, hidden_of
 
 # %% auto #0
-__all__ = ['SAVE_SECONDS', 'STORED', 'anchored_blocks', 'anchor_bytes', 'emulator_walk', 'flat', 'pack', 'rows_hash',
-           'compute_anchors', 'Anchors']
+__all__ = ['SAVE_SECONDS', 'STORED', 'anchored_blocks', 'anchor_bytes', 'emulator_walk', 'flat', 'pack', 'compute_anchors',
+           'Anchors']
 
 # %% ../nbs/13_anchor.ipynb #fd88b239
 SAVE_SECONDS = 60 # how much work an interruption may cost
@@ -79,10 +78,6 @@ def pack(
     if stored != "int8": return {"residual": residual.to(getattr(torch, stored)).contiguous()}
     scale = residual.float().abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
     return {"residual": (residual.float() / scale).round().to(torch.int8), "scale": scale}
-
-def rows_hash(encoded) -> str: # 16 hex digits
-    "Tells sets of rows apart."
-    return hashlib.sha256(json.dumps(encoded["input_ids"][:]).encode()).hexdigest()[:16]
 
 # %% ../nbs/13_anchor.ipynb #2abfe19c
 def compute_anchors(

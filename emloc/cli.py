@@ -11,7 +11,6 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
 import yaml
 
 from .adapter import read_adapter

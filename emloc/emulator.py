@@ -26,8 +26,8 @@ from .walk import Step, Walk
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'README', 'build_block', 'choose_ranks', 'open_partial', 'write_json', 'finish_emulator', 'block_file',
-           'check_calibration', 'build_emulator', 'collect_spectra']
+__all__ = ['log', 'README', 'build_block', 'choose_ranks', 'open_partial', 'rows_hash', 'write_json', 'finish_emulator',
+           'block_file', 'check_calibration', 'build_emulator', 'collect_spectra']
 
 # %% ../nbs/12_emulator.ipynb #d577a134
 def build_block(
@@ -89,6 +89,10 @@ def open_partial(
         return found
     partial.mkdir(parents=True, exist_ok=True)
     return {"settings": settings, "done": 0, "errors": {}}
+
+def rows_hash(encoded) -> str: # 16 hex digits
+    "Tells sets of rows apart."
+    return hashlib.sha256(json.dumps(encoded["input_ids"][:]).encode()).hexdigest()[:16]
 
 def write_json(
     file: Path,
@@ -160,10 +164,9 @@ def build_emulator(
     shapes = {n: tuple(dense_weight(m).shape) for n, m in block_linears(walk.model).items()}
     ranks = choose_ranks(shapes, ratio, plan.ranks if plan is not None else ranks)
     check_calibration(walk, ranks)
-    rows = hashlib.sha256(json.dumps(walk.rows["input_ids"][:]).encode()).hexdigest()[:16]
     fingerprint = walk.checkpoint.fingerprint()
     partial = out.with_name(out.name + ".partial")
-    manifest = open_partial(partial, {"model": fingerprint, "ranks": ranks, "calibration": rows, "batch_size": walk.batch_size}, resume)
+    manifest = open_partial(partial, {"model": fingerprint, "ranks": ranks, "calibration": rows_hash(walk.rows), "batch_size": walk.batch_size}, resume)
     if manifest["done"]: walk.resume(partial / f"hidden-{manifest['done']:05d}.safetensors", manifest["done"])
     bar = tqdm(walk, desc="emulator", unit="block", initial=manifest["done"], total=len(walk))
     try:
