@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -19,8 +19,8 @@ from .data import EmlocError
 from .model import Checkpoint, dense_weight, model_class
 
 # %% auto #0
-__all__ = ['LowRankLinear', 'EmulatorConfig', 'EmulatorQuantizer', 'tolerant', 'put_pairs', 'emulator_config', 'is_emulator',
-           'load_emulator', 'emulator_weight']
+__all__ = ['LowRankLinear', 'EmulatorConfig', 'EmulatorQuantizer', 'register_emulators', 'tolerant', 'put_pairs',
+           'emulator_config', 'is_emulator', 'load_emulator', 'emulator_weight']
 
 # %% ../nbs/04_lowrank.ipynb #e7905177
 class LowRankLinear(nn.Module):
@@ -45,17 +45,12 @@ class LowRankLinear(nn.Module):
     def extra_repr(self): return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, bias={self.bias is not None}"
 
 # %% ../nbs/04_lowrank.ipynb #0ea0de88
-# a notebook that defines these classes again, after a module did, must not be refused
-AUTO_QUANTIZATION_CONFIG_MAPPING.pop("emloc", None), AUTO_QUANTIZER_MAPPING.pop("emloc", None)
-
-@register_quantization_config("emloc")
 class EmulatorConfig(QuantizationConfigMixin):
     "What config.json says of an emulator: ranks by module name, and the model that it emulates."
     def __init__(self, ranks=None, base_model=None, base_fingerprint=None, ratio=None, **kwargs):
         self.quant_method = "emloc"
         self.ranks, self.base_model, self.base_fingerprint, self.ratio = ranks or {}, base_model, base_fingerprint, ratio
 
-@register_quantizer("emloc")
 class EmulatorQuantizer(HfQuantizer):
     "Puts the pairs in place before transformers loads the weights."
     requires_calibration = True
@@ -71,6 +66,12 @@ class EmulatorQuantizer(HfQuantizer):
     def is_serializable(self): return True
     @property
     def is_trainable(self): return True
+
+def register_emulators():
+    "Let transformers find these classes by the quantization method's name; the last call counts, so a notebook may define them again."
+    AUTO_QUANTIZATION_CONFIG_MAPPING["emloc"], AUTO_QUANTIZER_MAPPING["emloc"] = EmulatorConfig, EmulatorQuantizer
+
+register_emulators()
 
 def tolerant(
     initialise, # a model's _init_weights
@@ -117,6 +118,7 @@ def load_emulator(
     **kwargs, # for from_pretrained: dtype, device_map, attn_implementation, …
 ): # a PreTrainedModel with LowRankLinear modules
     "The emulator, ready to train on. Raises `EmlocError` when the directory is no emulator."
+    register_emulators()
     ranks, checkpoint = emulator_config(path).ranks, Checkpoint(path)
     missing = [f"{n}.{factor}" for n in ranks for factor in "UV" if checkpoint.key(f"{n}.{factor}") is None]
     if missing: raise EmlocError(f"emulator {path}: {missing[0]} is not in its files; build it again")
