@@ -6,28 +6,27 @@
 from __future__ import annotations
 
 import json
+import logging
 import shutil
-import time
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tqdm.auto import tqdm
 
-from .data import EmlocError, collator
-from .emulator import open_partial, rows_hash, write_json
+from .data import EmlocError, collator, rows_hash
 from .lowrank import emulator_config, put_pairs
-from .model import Checkpoint, block_names, check_out, find_model, finish_directory, skeleton
+from .model import Checkpoint, block_names, find_model, skeleton
+from .output import Run, check_out, write_json
 from .walk import Walk, hidden_of
 
+log = logging.getLogger(__name__)
+
 # %% auto #0
-__all__ = ['SAVE_SECONDS', 'STORED', 'anchored_blocks', 'anchor_bytes', 'emulator_walk', 'flat', 'pack', 'compute_anchors',
-           'Anchors']
+__all__ = ['log', 'STORED', 'anchored_blocks', 'anchor_bytes', 'emulator_walk', 'flat', 'pack', 'compute_anchors', 'Anchors']
 
 # %% ../nbs/13_anchor.ipynb #fd88b239
-SAVE_SECONDS = 60 # how much work an interruption may cost
 STORED = {"bfloat16": 2, "float32": 4, "int8": 1}
 
 def anchored_blocks(
@@ -92,39 +91,28 @@ def compute_anchors(
     **walk_options, # for both walks: batch_size (rows), max_length (tokens), device
 ) -> Path: # the directory of anchors
     "Store r = h − E(h) for the rows. Raises `EmlocError` when the emulator is another model's, or the disk too small."
-    out, source = check_out(out), emulator_config(emulator)
-    whole = Walk(find_model(model), rows, **walk_options)
+    check_out(out)
+    source, whole = emulator_config(emulator), Walk(find_model(model), rows, **walk_options)
     if source.base_fingerprint != whole.checkpoint.fingerprint():
         raise EmlocError(f"emulator {emulator} was made from {source.base_model}, and {model} is another model; name the model that it was made from")
     small = emulator_walk(emulator, whole.rows, **walk_options)
-    blocks = anchored_blocks(len(whole), every)
-    hidden = whole.model.get_input_embeddings().weight.shape[1]
-    needed, free = anchor_bytes(whole.tokens(), hidden, len(blocks), stored), shutil.disk_usage(out.resolve().parent if out.resolve().parent.exists() else ".").free
-    if needed > free: raise EmlocError(f"anchors of {len(rows)} rows need {needed / 1e9:.1f} GB on disk and {free / 1e9:.1f} GB are free; use a larger every, int8, or fewer rows")
+    blocks, hidden = anchored_blocks(len(whole), every), whole.model.get_input_embeddings().weight.shape[1]
     settings = {"emulator": small.checkpoint.fingerprint(), "rows": rows_hash(whole.rows), "every": every, "stored": stored, "batch_size": whole.batch_size}
-    partial = out.with_name(out.name + ".partial")
-    manifest = open_partial(partial, settings, resume)
-    done = manifest["done"]
-    for walk in (whole, small) if done else (): walk.resume(partial / f"whole-{done:05d}.safetensors", done)
-    saved = time.monotonic()
-    for a, b in tqdm(zip(whole, small), desc=f"anchors ({needed / 1e9:.2f} GB)", unit="block", initial=done, total=len(whole)):
-        if a.index == 0 or a.index - 1 in blocks: small.hidden[0] = list(whole.hidden[0])
-        a.run()
-        b.run()
-        if a.index in blocks:
-            save_file(pack(flat(whole, whole.hidden[0]).float() - flat(small, small.hidden[0]).float(), stored), partial / f"anchors-{a.index:05d}.safetensors")
-            if time.monotonic() - saved >= SAVE_SECONDS:
-                whole.save(partial / f"whole-{a.index + 1:05d}.safetensors", a.index + 1)
-                manifest["done"] = a.index + 1
-                write_json(partial / "manifest.json", manifest)
-                for old in partial.glob("whole-*"):
-                    if f"{a.index + 1:05d}" not in old.name: old.unlink()
-                saved = time.monotonic()
-    lengths = [len(ids) for ids in whole.rows["input_ids"]]
-    write_json(partial / "anchors.json", settings | {"blocks": blocks, "lengths": lengths, "bytes": needed, "model": source.base_model})
-    for old in [partial / "manifest.json", *partial.glob("whole-*")]: old.unlink(missing_ok=True)
-    finish_directory(partial, out)
-    return out
+    needed, run = anchor_bytes(whole.tokens(), hidden, len(blocks), stored), Run(out, settings, resume=resume)
+    free = shutil.disk_usage(next(p for p in run.folder.resolve().parents if p.exists())).free
+    if needed > free: raise EmlocError(f"anchors of {len(rows)} rows need {needed / 1e9:.1f} GB on disk and {free / 1e9:.1f} GB are free; use a larger every, int8, or fewer rows")
+    log.info("anchors: %.2f GB on disk, of %.0f GB free", needed / 1e9, free / 1e9)
+    with run:
+        for a, b in run.blocks("anchors", whole, small):
+            if a.index == 0 or a.index - 1 in blocks: small.hidden[0] = list(whole.hidden[0])
+            a.run()
+            b.run()
+            if a.index in blocks:
+                residual = flat(whole, whole.hidden[0]).float() - flat(small, small.hidden[0]).float()
+                save_file(pack(residual, stored), run.folder / f"anchors-{a.index:05d}.safetensors")
+        lengths = [len(ids) for ids in whole.rows["input_ids"]]
+        write_json(run.folder / "anchors.json", settings | {"blocks": blocks, "lengths": lengths, "bytes": needed, "model": source.base_model})
+    return run.out
 
 # %% ../nbs/13_anchor.ipynb #0eb95a1e
 class Anchors:

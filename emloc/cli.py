@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import sys
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
 from pathlib import Path
 
 import yaml
+from accelerate import PartialState
+from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .adapter import read_adapter
 from .anchor import STORED, Anchors, compute_anchors
@@ -23,19 +27,22 @@ from .evaluate import evaluate_task
 from .finetune import lora_config, train_adapter, training_args
 from .lowrank import emulator_config
 from .merge import merge_adapter
-from .model import Checkpoint, check_out, find_model
+from .model import Checkpoint, find_model
+from .output import check_out, write_json
 from .polish import polish_adapter
 from .rank import by_spectrum, check_ratio
 
 # %% auto #0
-__all__ = ['STAGES', 'OPTIONAL', 'emulate', 'finetune', 'anchored_rows', 'anchor', 'parse_pattern', 'correct', 'polish', 'merge',
-           'evaluate', 'demo', 'as_words', 'read_config', 'run', 'Parser', 'options', 'parser', 'describe', 'main']
+__all__ = ['STAGES', 'OPTIONAL', 'SHARED', 'emulate', 'finetune', 'anchored_rows', 'anchor', 'parse_pattern', 'correct', 'polish',
+           'merge', 'evaluate', 'demo', 'as_words', 'read_config', 'run', 'Parser', 'options', 'parser', 'describe',
+           'takes_part', 'main']
 
 # %% ../nbs/70_cli.ipynb #d1399db6
 def emulate(args) -> dict:
     "Stage 1: build the emulator of MODEL from rows of TASK."
     check_ratio(args.ratio)
     check_out(args.out)
+    with PartialState().main_process_first(): find_model(args.model), load_task(args.task) # so that one process fetches them
     calibration = load_task(args.task).calibration(args.rows, args.seed)
     print(f"emulator of {args.model} at ratio {args.ratio:g}, from {len(calibration)} rows of {args.task}")
     walk = {"batch_size": args.batch_size, "max_length": args.max_length, "device": args.device}
@@ -55,13 +62,13 @@ def finetune(args) -> dict:
     targets = args.targets[0] if len(args.targets) == 1 and (args.targets[0] == "all-linear" or any(c in args.targets[0] for c in "*|()[]\\^$+?")) else args.targets
     patterns = {k: parse_pattern(getattr(args, k)) for k in ("rank_pattern", "alpha_pattern")}
     lora = lora_config(args.rank, args.alpha, targets, use_rslora=args.rslora, lora_dropout=args.dropout, **patterns)
-    saving = {"save_strategy": "steps", "save_steps": args.save_steps} if args.save_steps else {}
+    saving = {"save_steps": args.save_steps} if args.save_steps else {"save_strategy": "no"}
     checkpoints = args.checkpoints or f"{args.out}.checkpoints"
     training = training_args(checkpoints, steps=args.steps, lr=args.lr, batch_size=args.batch_size, seed=args.seed, report_to=args.report_to,
                              gradient_accumulation_steps=args.accumulation, gradient_checkpointing=args.gradient_checkpointing, **saving)
     print(f"LoRA of rank {args.rank} on {args.emulator}: {args.steps} steps of {args.batch_size * args.accumulation} of the {len(task.train)} rows of {args.task}")
     rows, anchors = anchored_rows(args, task)
-    out = train_adapter(args.emulator, rows, args.out, lora=lora, args=training, anchors=anchors, resume=args.resume, max_length=args.max_length)
+    out = train_adapter(args.emulator, rows, args.out, lora=lora, args=training, anchors=anchors, resume=True if args.resume else False if args.restart else None, max_length=args.max_length)
     return {"adapter": str(out), "layers": len(read_adapter(out).pairs)}
 
 def anchored_rows(args, task) -> tuple: # (rows to train on, directory of anchors or None)
@@ -73,8 +80,9 @@ def anchored_rows(args, task) -> tuple: # (rows to train on, directory of anchor
     if not args.anchor_every: return task.train, None
     rows = task.train.select(range(min(len(task.train), args.steps * args.batch_size * args.accumulation)))
     folder, model = Path(f"{args.out}.anchors"), args.model or emulator_config(args.emulator).base_model
-    if not (folder / "anchors.json").is_file():
-        compute_anchors(args.emulator, model, rows, folder, every=args.anchor_every, stored=args.anchor_stored, max_length=args.max_length)
+    with PartialState().main_process_first():
+        if not (folder / "anchors.json").is_file():
+            compute_anchors(args.emulator, model, rows, folder, every=args.anchor_every, stored=args.anchor_stored, max_length=args.max_length)
     return rows, folder
 
 def anchor(args) -> dict:
@@ -174,6 +182,7 @@ def run(args) -> dict:
         lines[stage] = parser().parse_args([stage, *map(str, words[stage]), *map(str, target), *as_words(options)])
     results = {}
     for stage, line in lines.items():
+        if not takes_part(stage): break # what follows is one process's as well
         done = stage in folders and folders[stage].is_dir() and any(folders[stage].iterdir())
         results[stage] = {"kept": str(folders[stage])} if done else globals()[stage](line)
         print(describe(results[stage]))
@@ -230,9 +239,10 @@ def parser() -> Parser:
     c.add_argument("--dropout", type=float, default=0.0, help="of the LoRA's input")
     c.add_argument("--accumulation", type=int, default=1, help="batches in a step")
     c.add_argument("--gradient-checkpointing", action="store_true", help="less memory, more time")
-    c.add_argument("--save-steps", type=int, default=0, help="write a checkpoint every so many steps; 0 for none")
-    c.add_argument("--checkpoints", help="where checkpoints go; by default OUT.checkpoints")
-    c.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    c.add_argument("--save-steps", type=int, default=50, help="write a checkpoint to restart from every so many steps; 0 for none")
+    c.add_argument("--checkpoints", help="where checkpoints go, and stay; by default OUT.checkpoints, removed at the end")
+    c.add_argument("--resume", action="store_true", help="go on from the last checkpoint, even one of another training")
+    c.add_argument("--restart", action="store_true", help="do not go on with an unfinished training")
     c.add_argument("--anchors", help="directory that `emloc anchor` wrote for these rows")
     c.add_argument("--anchor-every", type=int, default=0, help="make anchors now, after each so many blocks; 0 for none")
     c.add_argument("--anchor-stored", choices=list(STORED), default="bfloat16", help="how anchors made now are stored")
@@ -274,16 +284,28 @@ def describe(
         else: lines.append(f"{key}: {value(v)}")
     return "\n".join(lines)
 
+# %% ../nbs/70_cli.ipynb #dcd2f26b
+SHARED = ("emulate", "finetune") # what several processes do together
+
+def takes_part(command: str) -> bool:
+    "Whether this process has work in a command."
+    return command in (*SHARED, "run") or PartialState().is_main_process
+
 def main(
     argv: list | None = None, # words after `emloc`; by default those of the shell
 ) -> int: # 0; 2 for a mistake in what was asked for; 130 when interrupted
     "Run one command."
-    args = parser().parse_args(argv)
+    args, team = parser().parse_args(argv), PartialState()
+    log = logging.getLogger("emloc")
+    log.setLevel(logging.INFO if team.is_main_process else logging.WARNING)
     try:
         if args.json and not Path(args.json).resolve().parent.is_dir(): raise EmlocError(f"--json {args.json}: its directory does not exist")
-        result = args.function(args)
-        if args.command not in ("demo", "run"): print(describe(result))
-        if args.json: Path(args.json).write_text(json.dumps(result, indent=1))
+        if args.command == "demo" and team.num_processes > 1: raise EmlocError("the demo runs in one process; start it without accelerate launch")
+        if not takes_part(args.command): return 0
+        with logging_redirect_tqdm([log]), nullcontext() if team.is_main_process else redirect_stdout(None):
+            result = args.function(args)
+            if args.command not in ("demo", "run"): print(describe(result))
+        if args.json and team.is_main_process: write_json(Path(args.json), result)
     except EmlocError as error:
         print(f"emloc {args.command}: {error}", file=sys.stderr)
         return 2
@@ -292,5 +314,5 @@ def main(
         return 130
     return 0
 
-# %% ../nbs/70_cli.ipynb #1e8caa1d
+# %% ../nbs/70_cli.ipynb #ea43cf36
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

@@ -9,18 +9,20 @@ import copy
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from .adapter import Adapter, check_shapes, read_adapter, write_adapter
-from .data import EmlocError
+from .data import EmlocError, encode_rows, load_tokenizer, rows_hash
 from .lowrank import emulator_config, emulator_weight
-from .model import Checkpoint, Conv1D, block_linears, check_out, dense_weight, find_model, new_directory, skeleton
+from .model import Checkpoint, Conv1D, block_linears, find_model, linear_shapes, skeleton
+from .output import Run, check_out, file_hash
 from .spectrum import Gram
 from .walk import Step, Walk, completion_losses
 
 # %% auto #0
 __all__ = ['MODES', 'CANDIDATES', 'orthonormal', 'subtract', 'correct_lora', 'check_family', 'Pieces', 'project_inputs',
-           'add_lora', 'judge', 'beginnings', 'right_beginnings', 'choose', 'correct_adapter', 'for_model']
+           'add_lora', 'judge', 'beginnings', 'right_beginnings', 'choose', 'correct_adapter', 'looked_at', 'for_model']
 
 # %% ../nbs/30_correct.ipynb #d208ac92
 MODES = ("none", "clamp", "gram", "auto")
@@ -96,7 +98,7 @@ def check_family(
     trained = adapter.info.get("model_fingerprint")
     if trained and trained != source.base_fingerprint:
         raise EmlocError(f"the adapter was trained on an emulator of {adapter.info['model']}, another model than {source.base_model}; use the emulator that it was trained on")
-    shapes = {n: tuple(dense_weight(m).shape) for n, m in block_linears(skeleton(checkpoint)).items()}
+    shapes = linear_shapes(skeleton(checkpoint))
     check_shapes(adapter, shapes, str(checkpoint.path))
     return shapes
 
@@ -128,18 +130,22 @@ class Pieces:
 def project_inputs(
     pieces: Pieces, # gets `seen`
     calibration, # rows with prompt and completion
+    run: Run, # keeps what was seen, block by block
     **walk_options, # for Walk
 ):
     "G A'ᵀ of every adapted layer, from one walk through the model."
-    for step in tqdm(Walk(pieces.checkpoint, calibration, **walk_options), desc="inputs", unit="block"):
+    for step in run.blocks("inputs", Walk(pieces.checkpoint, calibration, **walk_options)):
+        seen = {}
         def add(names, x):
             for module in set(names) & set(pieces.pairs):
                 tokens = x.float()
                 new = tokens.T @ (tokens @ pieces.pairs[module][0].to(tokens).T)
-                pieces.seen[module] = pieces.seen.get(module, 0) + new.cpu()
+                seen[module] = seen.get(module, 0) + new.cpu()
         hooks = step.on_inputs(add)
         step.run()
         hooks.remove()
+        save_file(seen, run.state / f"seen-{step.index:05d}.safetensors")
+    for file in run.state.glob("seen-*.safetensors"): pieces.seen |= load_file(file)
     missing = set(pieces.pairs) - set(pieces.seen)
     if missing: raise EmlocError(f"{sorted(missing)[0]}: no calibration token reached this layer; give more or other rows, or use mode 'clamp'")
 
@@ -161,11 +167,12 @@ def judge(
     candidates: list, # [(mode, strength)]
     rows, # held-out rows with prompt and completion
     limit: float, # for clamp
+    run: Run, # keeps the hidden states, block by block
     **walk_options, # for Walk
 ) -> list: # one dict for each candidate: mode, strength, nll (nats per token of the completions), accuracy (0 to 1, of their beginnings)
     "Every candidate through the whole model, in one streamed pass."
     walk = Walk(pieces.checkpoint, rows, variants=len(candidates), **walk_options)
-    for step in tqdm(walk, desc="judge", unit="block"):
+    for step in run.blocks("judge", walk):
         modes = list(dict.fromkeys(mode for mode, _ in candidates))
         Bs = {n: dict(zip(modes, pieces.corrected(n, modes, limit))) for n in step.linears if n in pieces.pairs}
         for variant, (mode, strength) in enumerate(candidates):
@@ -219,28 +226,40 @@ def correct_adapter(
 ) -> Path: # a PEFT adapter directory for the whole model
     "Stage 3: the adapter for the whole model. Raises `EmlocError` for what does not belong together, and then writes nothing."
     if mode not in MODES: raise EmlocError(f"mode {mode!r}: must be one of {', '.join(MODES)}")
-    out, raw, checkpoint = check_out(out), read_adapter(adapter), Checkpoint(find_model(model))
+    check_out(out)
+    raw, checkpoint = read_adapter(adapter), Checkpoint(find_model(model))
     check_family(raw, emulator, checkpoint)
-    pieces, candidates, scores = Pieces(raw, emulator, checkpoint), [(mode, strength)], None
-    if mode in ("gram", "auto"):
-        if calibration is None or len(calibration) < 4:
-            raise EmlocError(f"mode {mode!r} looks at calibration rows and has {0 if calibration is None else len(calibration)}; give at least 4, or use mode 'clamp' or 'none'")
-        if mode == "auto" and (held_out is None or len(held_out) == 0):
-            cut = max(1, len(calibration) // 4)
-            calibration, held_out = calibration.select(range(cut, len(calibration))), calibration.select(range(cut))
-        project_inputs(pieces, calibration, **walk_options)
-    if mode == "auto":
-        scores = judge(pieces, CANDIDATES, held_out, limit, **walk_options)
-        candidates = [(choose(scores)["mode"], choose(scores)["strength"])]
-    done, strength = candidates[0]
-    pairs = {}
-    for module in tqdm(raw.pairs, desc=f"correct: {done}", unit="layer"):
-        B = pieces.corrected(module, [done], limit)[0]
-        pairs[module] = (pieces.pairs[module][0], strength * B)
-    record = {"mode": done, "asked": mode, "strength": strength, "limit": limit}
-    if scores: record["candidates"] = scores
-    with new_directory(out) as folder: write_adapter(for_model(raw, pairs, record, pieces, model), folder)
-    return out
+    pieces, candidates, record = Pieces(raw, emulator, checkpoint), [(mode, strength)], {"asked": mode, "limit": limit}
+    if mode in ("gram", "auto"): calibration, held_out = looked_at(mode, calibration, held_out, load_tokenizer(checkpoint.path), walk_options.get("max_length", 512))
+    else: calibration = held_out = None
+    settings = {"adapter": file_hash(Path(adapter) / "adapter_model.safetensors"), "mode": mode, "limit": limit, "strength": strength, "emulator": pieces.emulator.fingerprint(),
+                "calibration rows": calibration and rows_hash(calibration), "held-out rows": held_out and rows_hash(held_out), "batch_size": walk_options.get("batch_size")}
+    with Run(out, settings) as run:
+        if calibration: project_inputs(pieces, calibration, run, **walk_options)
+        if mode == "auto":
+            record["candidates"] = judge(pieces, CANDIDATES, held_out, limit, run, **walk_options)
+            candidates = [(choose(record["candidates"])["mode"], choose(record["candidates"])["strength"])]
+        done, strength = candidates[0]
+        pairs = {}
+        for module in tqdm(raw.pairs, desc=f"correct: {done}", unit="layer"):
+            pairs[module] = (pieces.pairs[module][0], strength * pieces.corrected(module, [done], limit)[0])
+        write_adapter(for_model(raw, pairs, record | {"mode": done, "strength": strength}, pieces, model), run.folder)
+    return run.out
+
+def looked_at(
+    mode: str, # gram or auto
+    calibration, # rows, or None
+    held_out, # rows, or None
+    tokenizer,
+    max_length: int, # tokens
+) -> tuple: # (encoded calibration rows, encoded held-out rows or None)
+    "The rows that a mode looks at. Raises `EmlocError` when there are too few."
+    if calibration is None or len(calibration) < 4:
+        raise EmlocError(f"mode {mode!r} looks at calibration rows and has {0 if calibration is None else len(calibration)}; give at least 4, or use mode 'clamp' or 'none'")
+    if mode == "auto" and not held_out:
+        cut = max(1, len(calibration) // 4)
+        calibration, held_out = calibration.select(range(cut, len(calibration))), calibration.select(range(cut))
+    return encode_rows(calibration, tokenizer, max_length), encode_rows(held_out, tokenizer, max_length) if mode == "auto" else None
 
 def for_model(
     raw: Adapter, # of stage 2

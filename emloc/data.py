@@ -5,6 +5,7 @@
 # %% ../nbs/00_data.ipynb #9da01bd5
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 # %% auto #0
 __all__ = ['READERS', 'SPLITS', 'EmlocError', 'brief', 'normalise_row', 'Task', 'find_labels', 'bbc_rows', 'read_rows',
            'clean_rows', 'hold_out', 'load_task', 'load_tokenizer', 'row_texts', 'encode_row', 'encode_rows',
-           'collator']
+           'rows_hash', 'collator']
 
 # %% ../nbs/00_data.ipynb #74eb15a2
 class EmlocError(ValueError):
@@ -222,6 +223,12 @@ def encode_rows(
     if {"input_ids", "labels"} <= set(rows.column_names): return rows
     if len(rows) == 0: raise EmlocError("there are no rows to encode; give at least one")
     return Dataset.from_list([encode_row(row, tokenizer, max_length) for row in rows])
+
+def rows_hash(
+    encoded: Dataset, # encoded rows
+) -> str: # 16 hex digits
+    "Tells sets of rows apart."
+    return hashlib.sha256(json.dumps([encoded["input_ids"][:], encoded["labels"][:]]).encode()).hexdigest()[:16]
 
 def collator(
     tokenizer, # the model's tokenizer

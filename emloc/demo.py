@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from .evaluate import evaluate_task
 from .explore import score_figure
 from .finetune import train_adapter, train_lora, training_args, wrap
 from .memory import measure
-from .model import Checkpoint, check_out, default_model
+from .model import Checkpoint, default_model
+from .output import check_out, check_same, new_directory, partial_of, write_json
 from .polish import polish_adapter
 
 # %% auto #0
@@ -47,7 +49,7 @@ class Report:
                  "", f"{'':34}{'accuracy':>14}{'NLL':>12}"]
         lines += [f"{r['name']:34}{r['accuracy']:>14.3f}{r['nll']:>12.3f}" for r in self.rows]
         lines += ["", f"{'stage':34}{'seconds':>14}{'peak MiB':>12}"]
-        lines += [f"{s['name']:34}{s['seconds']:>14.1f}{s['peak_bytes'] / 2**20:>12.0f}" for s in self.stages]
+        lines += [f"{s['name']:34}{s['seconds']:>14.1f}{s['peak_bytes'] / 2**20:>12.0f}{'   (resumed: only the rest was timed)' if s.get('resumed') else ''}" for s in self.stages]
         return "\n".join(lines)
 
 def weight_bytes(
@@ -68,57 +70,73 @@ class Demo:
         rows: int = 300, # test rows to score on
         say=print, # where to announce what is being done
     ):
-        self.out, self.task, self.rows, self.say, self.report = check_out(out), task, rows, say, Report()
-        self.model = default_model()
+        self.out, self.task, self.rows, self.say, self.report = Path(out), task, rows, say, Report()
+        self.model, self.state = default_model(), Path(out) / "demo.partial.json"
 
-    def stage(self, name: str, work):
-        "Run one stage and keep its seconds and peak memory."
+    def begin(self, settings: dict):
+        "Begin, or go on with what is there. Raises `EmlocError` when `out` holds something else."
+        if self.state.is_file():
+            self.report = Report(**json.loads(self.state.read_text()))
+            check_same(self.out, self.report.settings, settings)
+            return self.say(f"going on with the unfinished demo in {self.out}")
+        check_out(self.out).mkdir(parents=True, exist_ok=True)
+        self.report.settings = settings
+        self.save()
+
+    def save(self): write_json(self.state, asdict(self.report)) # what is known so far
+
+    def stage(self, name: str, path: Path, work) -> Path: # path
+        "Run one stage and keep its seconds and peak memory; what was finished before an interruption is not done again."
+        if path.is_dir() and any(s["name"] == name for s in self.report.stages): return path
+        shutil.rmtree(path, ignore_errors=True)
+        resumed = partial_of(path).is_dir() or Path(f"{path}.checkpoints").is_dir()
         self.say(f"\n{name}")
-        with measure(name) as usage: result = work()
-        self.report.stages.append(asdict(usage))
-        return result
+        with measure(name) as usage: work(path)
+        self.report.stages.append(asdict(usage) | {"resumed": resumed})
+        self.save()
+        return path
 
     def score(self, name: str, model, adapter=None):
         "Evaluate and add a row to the table."
+        if any(r["name"] == name for r in self.report.rows): return
         row = {"name": name} | evaluate_task(model, self.task, adapter, rows=self.rows, bar=name)
         self.report.rows.append(row)
+        self.save()
         self.say(f"{name}: accuracy {row['accuracy']:.3f}, NLL {row['nll']:.3f}")
 
     def emulate(self, ratio: float, calibration_rows: int, seed: int) -> Path:
         "Stage 1."
         calibration = self.task.calibration(calibration_rows, seed)
-        path = self.stage(f"1 emulator (ratio {ratio:g})", lambda: build_emulator("default", calibration, self.out / "emulator", ratio=ratio))
+        path = self.stage(f"1 emulator (ratio {ratio:g})", self.out / "emulator", lambda path: build_emulator("default", calibration, path, ratio=ratio))
         self.report.model_bytes, self.report.model_parameters = weight_bytes(self.model)
         self.report.emulator_bytes, self.report.emulator_parameters = weight_bytes(path)
         return path
 
     def finetune(self, emulator: Path, **training) -> Path:
         "Stage 2."
-        args = training_args(self.out / "checkpoints", **training)
-        return self.stage(f"2 LoRA on the emulator ({args.max_steps} steps)",
-                          lambda: train_adapter(emulator, self.task.train, self.out / "adapter-raw", args=args))
+        path = self.out / "adapter-raw"
+        args = training_args(f"{path}.checkpoints", **training)
+        return self.stage(f"2 LoRA on the emulator ({args.max_steps} steps)", path, lambda path: train_adapter(emulator, self.task.train, path, args=args))
 
     def correct(self, emulator: Path, raw: Path, mode: str) -> Path:
         "Stage 3 in one mode; the adapter of mode auto is the demo's result."
-        out = self.out / ("adapter" if mode == "auto" else f"adapter-{mode}")
-        return self.stage(f"3 correction: {mode}", lambda: correct_adapter(raw, emulator, self.model, out, mode=mode,
-                          calibration=self.task.calibration(128), held_out=self.task.validation))
+        rows = {"calibration": self.task.calibration(128), "held_out": self.task.validation}
+        return self.stage(f"3 correction: {mode}", self.out / ("adapter" if mode == "auto" else f"adapter-{mode}"),
+                          lambda path: correct_adapter(raw, emulator, self.model, path, mode=mode, **rows))
 
     def polish(self, adapter: Path, seed: int) -> Path:
         "After stage 3: ten exact steps on the whole model, streamed."
-        out = self.out / "adapter-polished"
-        return self.stage("polish (10 steps)", lambda: polish_adapter(adapter, self.model, self.task.train, out, seed=seed))
+        return self.stage("polish (10 steps)", self.out / "adapter-polished", lambda path: polish_adapter(adapter, self.model, self.task.train, path, seed=seed))
 
     def reference(self, **training) -> Path:
         "What all this is measured against: the same LoRA trained on the whole model."
-        def work():
-            args = training_args(self.out / "checkpoints", **training)
+        def work(path):
+            args = training_args(f"{path}.checkpoints", save_strategy="no", **training)
             torch.manual_seed(args.seed)
             model = wrap(AutoModelForCausalLM.from_pretrained(self.model, dtype="auto"))
             train_lora(model, self.task.train, args, tokenizer=load_tokenizer(self.model))
-            model.save_pretrained(self.out / "adapter-reference")
-            return self.out / "adapter-reference"
-        return self.stage("LoRA on the whole model", work)
+            with new_directory(path) as folder: model.save_pretrained(folder)
+        return self.stage("LoRA on the whole model", self.out / "adapter-reference", work)
 
 # %% ../nbs/61_demo.ipynb #bb20324c
 NEXT = """
@@ -133,7 +151,7 @@ Try next:
 """
 
 def run_demo(
-    out="emloc-demo", # an empty or new directory
+    out="emloc-demo", # an empty or new directory, or that of an unfinished demo
     *,
     reference: bool = False, # also train LoRA on the whole model, to compare with
     ratio: float = 0.25, # of the emulator
@@ -142,10 +160,9 @@ def run_demo(
     steps: int = 150, # of the training
     say=print, # where to announce what is being done
 ) -> Report: # what was measured; also written as demo.json
-    "All stages on SmolLM2-135M-Instruct and BBC News topics. Raises `EmlocError` when `out` is not empty."
+    "All stages on SmolLM2-135M-Instruct and BBC News topics. An unfinished demo of the same settings goes on. Raises `EmlocError` when `out` holds anything else."
     demo = Demo(out, load_task("bbc"), rows=rows, say=say)
-    demo.report.settings = {"model": str(demo.model), "task": "bbc", "ratio": ratio, "rows": rows, "seed": seed, "steps": steps, "threads": torch.get_num_threads()}
-    demo.out.mkdir(parents=True, exist_ok=True)
+    demo.begin({"model": str(demo.model), "task": "bbc", "ratio": ratio, "rows": rows, "seed": seed, "steps": steps, "threads": torch.get_num_threads()})
     demo.score("model untouched", demo.model)
     emulator = demo.emulate(ratio, 256, seed)
     raw = demo.finetune(emulator, steps=steps, seed=seed)
@@ -153,10 +170,11 @@ def run_demo(
     for mode in MODES: demo.score(f"model, LoRA corrected: {mode}", demo.model, demo.correct(emulator, raw, mode))
     demo.score("model, corrected and polished", demo.model, demo.polish(demo.out / "adapter", seed))
     if reference: demo.score("LoRA trained on the model", demo.model, demo.reference(steps=steps, seed=seed))
-    (demo.out / "demo.json").write_text(json.dumps(asdict(demo.report), indent=1))
+    write_json(demo.out / "demo.json", asdict(demo.report))
     figure = score_figure(demo.report.rows)
     figure.savefig(demo.out / "demo.png", dpi=120)
     plt.close(figure)
+    demo.state.unlink()
     say("\n" + demo.report.table())
     say(NEXT.format(out=out, model=demo.model))
     return demo.report

@@ -5,20 +5,23 @@
 # %% ../nbs/12_emulator.ipynb #1ba6ce91
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
+from accelerate.utils import gather_object, reduce
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
-from .data import EmlocError
+from .data import EmlocError, rows_hash
 from .lowrank import EmulatorConfig, LowRankLinear
-from .model import Checkpoint, block_linears, check_out, dense_weight, find_model, finish_directory
+from .model import Checkpoint, dense_weight, find_model, linear_shapes
+from .output import Run, check_out, write_json
 from .rank import uniform
 from .spectrum import Gram, decompose, truncate
 from .walk import Step, Walk
@@ -26,39 +29,76 @@ from .walk import Step, Walk
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'README', 'build_block', 'choose_ranks', 'open_partial', 'rows_hash', 'write_json', 'finish_emulator',
-           'block_file', 'check_calibration', 'build_emulator', 'collect_spectra']
+__all__ = ['log', 'README', 'block_grams', 'divide', 'BuiltBlock', 'build_block', 'choose_ranks', 'finish_emulator', 'block_file',
+           'check_calibration', 'build_emulator', 'collect_spectra']
 
 # %% ../nbs/12_emulator.ipynb #d577a134
-def build_block(
+def block_grams(
     step: Step, # a block in memory, before it has run
-    ranks: dict, # {module name: rank}
-) -> tuple: # ({tensor name: tensor} of the emulated block, {module: sigma}, {module: relative output error})
-    "Run a block on the calibration rows and factorise its linears."
-    grams = {}
+) -> dict: # {module name: Gram}; linears with the same input share one
+    "Run a block on the calibration rows, and what its linears saw, summed over the processes."
+    own = {}
     def add(names, x):
-        for n in names: grams.setdefault(n, None)
-        if grams[names[0]] is None:
-            shared = Gram(x.shape[-1], device=x.device)
-            for n in names: grams[n] = shared
-        grams[names[0]].add(x)
+        if names not in own: own[names] = Gram(x.shape[-1], device=x.device)
+        own[names].add(x)
     hooks = step.on_inputs(add)
     step.run()
     hooks.remove()
-    tensors = {f"{step.name}.{n}": p for n, p in step.block.state_dict().items()}
-    sigmas, errors = {}, {}
-    for name, linear in step.linears.items():
-        if name not in grams: raise EmlocError(f"{name}: no calibration token reached this layer, so it cannot be emulated; give more or other rows")
-        spectrum = decompose(dense_weight(linear).float(), grams[name], name)
+    known = {n: group for group in reversed(gather_object(list(own))) for n in group} # by all processes
+    grams = {}
+    for group in dict.fromkeys(known[n] for n in step.linears if n in known):
+        gram = own.get(group) or Gram(dense_weight(step.linears[group[0]]).shape[1], device=step.walk.device)
+        gram.matrix, gram.count = reduce(gram.matrix, "sum"), sum(gather_object([gram.count]))
+        grams |= dict.fromkeys(group, gram)
+    return grams
+
+def divide(
+    shapes: dict, # {name: (out, in)}
+    parts: int, # processes
+) -> list: # names of each part
+    "Weights to factorise, spread so that every part costs about the same (the cube of the smaller side)."
+    shares = [[0, []] for _ in range(parts)]
+    for name in sorted(shapes, key=lambda n: -min(shapes[n]) ** 2 * max(shapes[n])):
+        least = min(shares, key=lambda s: s[0])
+        least[0], least[1] = least[0] + min(shapes[name]) ** 2 * max(shapes[name]), [*least[1], name]
+    return [names for _, names in shares]
+
+# %% ../nbs/12_emulator.ipynb #c6368610
+@dataclass
+class BuiltBlock:
+    "An emulated block."
+    tensors: dict # {tensor name: tensor}
+    sigmas: dict # {module: sigma (k,)}
+    errors: dict # {module: relative output error}
+
+    def __repr__(self):
+        worst = max(self.errors, key=self.errors.get, default=None)
+        if worst is None: return "all linears dense"
+        return f"mean output error {sum(self.errors.values()) / len(self.errors):.3f}, worst {self.errors[worst]:.3f} at {'.'.join(worst.split('.')[-2:])}"
+
+def build_block(
+    step: Step, # a block in memory, before it has run
+    ranks: dict, # {module name: rank}
+) -> BuiltBlock: # the same in every process
+    "Run a block on the calibration rows and factorise its linears."
+    grams, team, pairs, sigmas, errors = block_grams(step), PartialState(), {}, {}, {}
+    missing = set(step.linears) - set(grams)
+    if missing: raise EmlocError(f"{sorted(missing)[0]}: no calibration token reached this layer, so it cannot be emulated; give more or other rows")
+    for name in divide({n: tuple(dense_weight(m).shape) for n, m in step.linears.items()}, team.num_processes)[team.process_index]:
+        weight = dense_weight(step.linears[name])
+        spectrum = decompose(weight.float(), grams[name], name)
         sigmas[name] = spectrum.sigma.float().cpu()
         if name not in ranks: continue
-        weight = tensors.pop(f"{name}.weight")
         U, V = truncate(spectrum, ranks[name])
-        tensors[f"{name}.U"], tensors[f"{name}.V"] = U.to(weight.dtype), V.to(weight.dtype)
+        pairs[f"{name}.U"], pairs[f"{name}.V"] = U.to(weight.dtype).cpu(), V.to(weight.dtype).cpu()
         errors[name] = spectrum.error(ranks[name])
-    return {n: t.detach().contiguous().cpu() for n, t in tensors.items()}, sigmas, errors
+    tensors = {f"{step.name}.{n}": p for n, p in step.block.state_dict().items() if f"{step.name}.{n.removesuffix('.weight')}" not in ranks}
+    tensors = {n: t.detach().contiguous().cpu() for n, t in tensors.items()}
+    for found in gather_object([(pairs, sigmas, errors)]):
+        for mine, theirs in zip((tensors, sigmas, errors), found): mine |= theirs
+    return BuiltBlock(tensors, sigmas, errors)
 
-# %% ../nbs/12_emulator.ipynb #90b6dd45
+# %% ../nbs/12_emulator.ipynb #180c6660
 def choose_ranks(
     shapes: dict, # {name: (out, in)}, the linears of the blocks
     ratio: float | None, # one ratio for all
@@ -73,37 +113,7 @@ def choose_ranks(
         if not 1 <= rank <= min(shapes[name]): raise EmlocError(f"{name}: rank {rank} must be between 1 and {min(shapes[name])}")
     return dict(ranks)
 
-def open_partial(
-    partial: Path, # the directory of an unfinished run
-    settings: dict, # what this run was asked to do
-    resume: bool, # whether to go on with what is there
-) -> dict: # the manifest: settings, done (blocks), errors
-    "Begin, or go on with, a run. Raises `EmlocError` when what is there was begun with other settings."
-    manifest = partial / "manifest.json"
-    if not resume: shutil.rmtree(partial, ignore_errors=True)
-    if manifest.is_file():
-        found = json.loads(manifest.read_text())
-        different = [k for k in settings if found["settings"].get(k) != settings[k]]
-        if different:
-            raise EmlocError(f"{partial}: an unfinished run with another {', '.join(different)} is here; finish it with the same settings, or remove the directory")
-        return found
-    partial.mkdir(parents=True, exist_ok=True)
-    return {"settings": settings, "done": 0, "errors": {}}
-
-def rows_hash(encoded) -> str: # 16 hex digits
-    "Tells sets of rows apart."
-    return hashlib.sha256(json.dumps(encoded["input_ids"][:]).encode()).hexdigest()[:16]
-
-def write_json(
-    file: Path,
-    content, # anything that JSON can hold
-):
-    "A JSON file that is whole or not there."
-    partial = file.with_name(file.name + ".tmp")
-    partial.write_text(json.dumps(content, indent=1))
-    partial.replace(file)
-
-# %% ../nbs/12_emulator.ipynb #e1f10d49
+# %% ../nbs/12_emulator.ipynb #de30c32f
 README = """# An EMLoC emulator
 
 This is not a language model to use: it is the small stand-in of `{base}` on which a LoRA is trained before it moves to that model.
@@ -113,30 +123,28 @@ Without that import transformers does not know the low-rank layers and would fil
 
 def finish_emulator(
     walk: Walk, # of the model
-    partial: Path, # the directory with all blocks
+    run: Run, # whose directory has all blocks
     quantization: EmulatorConfig,
 ):
     "Everything of an emulator that is not a block: dense tensors, index, config, tokenizer, spectra, README."
-    checkpoint, n = walk.checkpoint, len(walk)
+    checkpoint, partial, n = walk.checkpoint, run.folder, len(walk)
     state = [k for k in walk.model.state_dict() if not any(k.startswith(b + ".") for b in walk.names) and checkpoint.key(k)]
     save_file({k: checkpoint.read(k) for k in state}, partial / block_file(n, n), metadata={"format": "pt"})
     weight_map = {name: file.name for file in sorted(partial.glob("model-*.safetensors")) for name in Checkpoint._header(file)}
     total = sum(file.stat().st_size for file in partial.glob("model-*.safetensors"))
     write_json(partial / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
-    spectra = {name: sigma for i in range(n) for name, sigma in load_file(partial / f"spectra-{i:05d}.safetensors").items()}
+    spectra = {name: sigma for i in range(n) for name, sigma in load_file(run.state / f"spectra-{i:05d}.safetensors").items()}
     save_file(spectra, partial / "spectra.safetensors")
     for pattern in ("*.json", "*.txt", "*.model", "*.jinja"):
         for file in checkpoint.path.glob(pattern):
             if file.name not in ("config.json", "model.safetensors.index.json"): shutil.copyfile(file, partial / file.name)
     write_json(partial / "config.json", json.loads((checkpoint.path / "config.json").read_text()) | {"quantization_config": quantization.to_dict()})
     (partial / "README.md").write_text(README.format(base=quantization.base_model))
-    # the manifest first: without it, a run that is cut off here begins again instead of looking for files that are gone
-    for file in [partial / "manifest.json", *partial.glob("hidden-*"), *partial.glob("spectra-?????.safetensors")]: file.unlink()
 
 def block_file(index: int, blocks: int) -> str: # the name of a block's safetensors file; index = blocks is the dense rest
     return f"model-{index + 1:05d}-of-{blocks + 1:05d}.safetensors"
 
-# %% ../nbs/12_emulator.ipynb #180c6660
+# %% ../nbs/12_emulator.ipynb #e0e73439
 def check_calibration(
     walk: Walk, # with the calibration rows
     ranks: dict, # {name: rank}
@@ -159,45 +167,32 @@ def build_emulator(
     **walk_options, # for Walk: batch_size (rows), max_length (tokens), device
 ) -> Path: # the emulator directory
     "Stage 1: one pass over the model, block by block. Raises `EmlocError` for what it cannot do, and then leaves nothing behind."
-    out, path = check_out(out), find_model(model)
-    walk = Walk(path, calibration, **walk_options)
-    shapes = {n: tuple(dense_weight(m).shape) for n, m in block_linears(walk.model).items()}
-    ranks = choose_ranks(shapes, ratio, plan.ranks if plan is not None else ranks)
+    check_out(out)
+    path, team = find_model(model), PartialState()
+    walk = Walk(path, calibration, share=(team.process_index, team.num_processes), **walk_options)
+    ranks = choose_ranks(linear_shapes(walk.model), ratio, plan.ranks if plan is not None else ranks)
     check_calibration(walk, ranks)
     fingerprint = walk.checkpoint.fingerprint()
-    partial = out.with_name(out.name + ".partial")
-    manifest = open_partial(partial, {"model": fingerprint, "ranks": ranks, "calibration": rows_hash(walk.rows), "batch_size": walk.batch_size}, resume)
-    if manifest["done"]: walk.resume(partial / f"hidden-{manifest['done']:05d}.safetensors", manifest["done"])
-    bar = tqdm(walk, desc="emulator", unit="block", initial=manifest["done"], total=len(walk))
-    try:
-        for step in bar:
-            tensors, sigmas, errors = build_block(step, ranks)
-            save_file(tensors, partial / block_file(step.index, len(walk)), metadata={"format": "pt"})
-            save_file(sigmas, partial / f"spectra-{step.index:05d}.safetensors")
-            manifest["done"] = step.index + 1
-            manifest["errors"] |= errors
-            walk.save(partial / f"hidden-{step.index + 1:05d}.safetensors", step.index + 1)
-            write_json(partial / "manifest.json", manifest)
-            (partial / f"hidden-{step.index:05d}.safetensors").unlink(missing_ok=True)
-            mean = sum(errors.values()) / max(1, len(errors))
-            bar.set_postfix_str(f"error {mean:.1%}")
-            log.info("%s: mean output error %.4f", step.name, mean)
-        finish_emulator(walk, partial, EmulatorConfig(ranks, str(model if str(model) != "default" else path), fingerprint, ratio))
-    except EmlocError:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    finish_directory(partial, out)
-    return out
+    settings = {"model": fingerprint, "ranks": ranks, "calibration": rows_hash(walk.rows), "batch_size": walk.batch_size, "processes": team.num_processes}
+    with Run(out, settings, resume=resume, shared=True) as run:
+        for step in run.blocks("emulator", walk):
+            built = build_block(step, ranks)
+            if not run.main: continue
+            save_file(built.tensors, run.folder / block_file(step.index, len(walk)), metadata={"format": "pt"})
+            save_file(built.sigmas, run.state / f"spectra-{step.index:05d}.safetensors")
+            run.bar.set_postfix_str(repr(built).split(",")[0])
+            log.info("%s: %r", step.name, built)
+        if run.main: finish_emulator(walk, run, EmulatorConfig(ranks, str(model if str(model) != "default" else path), fingerprint, ratio))
+    return run.out
 
-# %% ../nbs/12_emulator.ipynb #de30c32f
+# %% ../nbs/12_emulator.ipynb #784da4d6
 def collect_spectra(
     model, # a model directory, a hub name, or 'default'
     calibration, # rows with prompt and completion
     **walk_options, # for Walk
 ) -> tuple: # ({name: sigma (k,)}, {name: (out, in)})
     "The spectra of all linears in one walk: what `rank.by_spectrum` asks for."
-    walk, spectra, shapes = Walk(find_model(model), calibration, **walk_options), {}, {}
-    for step in tqdm(walk, desc="spectra", unit="block"):
-        spectra |= build_block(step, {})[1]
-        shapes |= {n: tuple(dense_weight(m).shape) for n, m in step.linears.items()}
-    return spectra, shapes
+    team, spectra = PartialState(), {}
+    walk = Walk(find_model(model), calibration, share=(team.process_index, team.num_processes), **walk_options)
+    for step in tqdm(walk, desc="spectra", unit="block", disable=not team.is_main_process): spectra |= build_block(step, {}).sigmas
+    return spectra, linear_shapes(walk.model)

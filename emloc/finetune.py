@@ -5,11 +5,14 @@
 # %% ../nbs/20_finetune.ipynb #c925dfc0
 from __future__ import annotations
 
+import json
+import shutil
 import warnings
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
+from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
@@ -17,14 +20,15 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 from .adapter import PREFIX, check_lora, check_shapes, read_adapter, resolve_targets, write_adapter
 from .anchor import Anchors
-from .data import EmlocError, collator, encode_rows, load_tokenizer
+from .data import EmlocError, collator, encode_rows, load_tokenizer, rows_hash
 from .lowrank import LowRankLinear, emulator_config, load_emulator
-from .model import block_linears, check_out, dense_weight, new_directory
+from .model import Checkpoint, block_linears, dense_weight
+from .output import check_out, check_same, last_checkpoint, new_directory, write_json
 from .walk import keep_last
 
 # %% auto #0
-__all__ = ['LowRankLora', 'register_pairs', 'quiet_peft', 'pair_names', 'lora_config', 'wrap', 'training_args', 'train_lora',
-           'AdapterTrainer', 'train_adapter', 'save_raw', 'load_adapter']
+__all__ = ['NOTE', 'LowRankLora', 'register_pairs', 'quiet_peft', 'pair_names', 'lora_config', 'wrap', 'training_args',
+           'train_lora', 'AdapterTrainer', 'training_settings', 'pick_up', 'train_adapter', 'save_raw', 'load_adapter']
 
 # %% ../nbs/20_finetune.ipynb #4a7bab60
 class LowRankLora(LoraLinear):
@@ -88,11 +92,11 @@ def training_args(
     batch_size: int = 8, # rows
     **more, # any other option of transformers.TrainingArguments
 ) -> TrainingArguments:
-    "TrainingArguments with emloc's defaults: bfloat16 autocast, linear decay, no reports, no checkpoints unless asked for."
+    "TrainingArguments with emloc's defaults: bfloat16 autocast, linear decay, no reports, a checkpoint to restart from every 50 steps."
     defaults = dict(output_dir=str(out), max_steps=steps, learning_rate=lr, per_device_train_batch_size=batch_size, warmup_steps=min(10, steps // 10),
-                    lr_scheduler_type="linear", logging_steps=10, save_strategy="no", report_to="none",
+                    lr_scheduler_type="linear", logging_steps=10, save_steps=50, save_total_limit=2, report_to="none",
                     bf16=not torch.cuda.is_available() or torch.cuda.is_bf16_supported(), use_cpu=not torch.cuda.is_available(),
-                    dataloader_pin_memory=False, remove_unused_columns=False)
+                    dataloader_pin_memory=False, remove_unused_columns=False, ddp_find_unused_parameters=False)
     return TrainingArguments(**defaults | more)
 
 def train_lora(
@@ -101,7 +105,7 @@ def train_lora(
     args: TrainingArguments,
     *,
     tokenizer, # of the model
-    resume: bool = False, # go on from the last checkpoint in args.output_dir
+    resume=None, # a checkpoint directory to go on from
     max_length: int = 512, # tokens
     anchors: Anchors | None = None, # residuals of these rows, added at the blocks' ends
     **trainer, # any other option of transformers.Trainer: callbacks, eval_dataset, optimizers, …
@@ -114,7 +118,7 @@ def train_lora(
     model.config.use_cache = False
     run = AdapterTrainer(model=model, args=args, train_dataset=data, **{"data_collator": collate} | trainer)
     run.anchors = anchors
-    with anchors.attached(model) if anchors else nullcontext(): run.train(resume_from_checkpoint=True if resume else None)
+    with anchors.attached(model) if anchors else nullcontext(): run.train(resume_from_checkpoint=resume and str(resume))
     return run
 
 # %% ../nbs/20_finetune.ipynb #fe8bd33b
@@ -128,7 +132,42 @@ class AdapterTrainer(Trainer):
         if keep: inputs |= keep | {"labels": inputs["labels"][:, keep["logits_to_keep"]]}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-# %% ../nbs/20_finetune.ipynb #1601cc3c
+# %% ../nbs/20_finetune.ipynb #f7186794
+NOTE = "emloc.json" # what a folder of checkpoints belongs to
+
+def training_settings(
+    emulator, # an emulator directory
+    encoded, # the rows
+    model: PeftModel, # the emulator with its LoRA
+    args: TrainingArguments,
+    anchors: Anchors | None,
+) -> dict:
+    "What makes a training this one and no other."
+    config = {k: sorted(v) if isinstance(v, (set, list, tuple)) else v for k, v in model.peft_config["default"].to_dict().items() if isinstance(v, (set, list, tuple, str, int, float, dict))}
+    names = ("max_steps", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps", "learning_rate", "warmup_steps", "weight_decay", "seed", "world_size")
+    return {"emulator": Checkpoint(emulator).fingerprint(), "rows": rows_hash(encoded), "anchors": anchors and anchors.info, "LoRA": config,
+            "lr_scheduler_type": str(args.lr_scheduler_type)} | {n: getattr(args, n) for n in names}
+
+def pick_up(
+    folder: Path, # of checkpoints
+    settings: dict, # of training_settings
+    resume: bool | None, # None: if the checkpoint is one of this training; True: in any case; False: never
+) -> Path | None: # the checkpoint to go on from
+    "Where to begin. Raises `EmlocError` when another training is unfinished here, or when there is nothing to resume from."
+    note, last, team = folder / NOTE, last_checkpoint(folder), PartialState()
+    if resume and not last: raise EmlocError(f"{folder}: there is no checkpoint here to resume from; train with save_strategy='steps' (--save-steps) first")
+    ours = note.is_file()
+    if resume is None and last and ours: check_same(folder, json.loads(note.read_text()), settings)
+    begin = not last or resume is False or (resume is None and not ours)
+    team.wait_for_everyone()
+    if team.is_main_process:
+        for old in folder.glob("checkpoint-*") if begin and ours else (): shutil.rmtree(old)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(note, settings)
+    team.wait_for_everyone()
+    return None if begin else last
+
+# %% ../nbs/20_finetune.ipynb #b1d48aff
 def train_adapter(
     emulator, # an emulator directory
     train, # rows with prompt and completion
@@ -137,24 +176,25 @@ def train_adapter(
     lora: LoraConfig | None = None, # by default lora_config()
     args: TrainingArguments | None = None, # by default training_args(out + '.checkpoints')
     anchors=None, # a directory of compute_anchors for these rows
-    resume: bool = False, # go on from the last checkpoint in args.output_dir
+    resume: bool | None = None, # go on from the last checkpoint: None if it is one of this very training, True in any case, False never
     **trainer, # any other option of transformers.Trainer, and max_length (tokens)
 ) -> Path: # a PEFT adapter directory, for the emulator: not yet corrected
     "Stage 2: a LoRA trained on the emulator. Raises `EmlocError` for rows, targets or LoRA options that cannot work."
-    out, source = check_out(out), emulator_config(emulator)
+    out, source, team = check_out(out), emulator_config(emulator), PartialState()
     if len(train) == 0: raise EmlocError("there are no training rows; give at least one")
     args = args or training_args(f"{out}.checkpoints")
     torch.manual_seed(args.seed)
-    model = wrap(load_emulator(emulator), lora)
-    if resume and not list(Path(args.output_dir).glob("checkpoint-*")):
-        raise EmlocError(f"{args.output_dir}: there is no checkpoint here to resume from; train with save_strategy='steps' (--save-steps) first")
-    tokenizer, opened = load_tokenizer(emulator), None
-    if anchors is not None:
-        train, opened = encode_rows(train, tokenizer, trainer.get("max_length", 512)), Anchors(anchors)
-        opened.check(emulator, train)
-    run = train_lora(model, train, args, tokenizer=tokenizer, resume=resume, anchors=opened, **trainer)
-    if run.is_world_process_zero():
+    model, tokenizer = wrap(load_emulator(emulator), lora), load_tokenizer(emulator)
+    train, opened = encode_rows(train, tokenizer, trainer.get("max_length", 512)), anchors and Anchors(anchors)
+    if opened: opened.check(emulator, train)
+    folder = Path(args.output_dir)
+    last = pick_up(folder, training_settings(emulator, train, model, args, opened), resume)
+    run = train_lora(model, train, args, tokenizer=tokenizer, resume=last, anchors=opened, **trainer)
+    if team.is_main_process:
         with new_directory(out) as partial: save_raw(model, partial, Path(emulator), source, opened)
+        (folder / NOTE).unlink(missing_ok=True)
+        if folder == Path(f"{out}.checkpoints"): shutil.rmtree(folder, ignore_errors=True)
+    team.wait_for_everyone()
     return out
 
 def save_raw(
@@ -177,7 +217,7 @@ def save_raw(
     if anchors: adapter.info["anchors"] = {"every": anchors.info["every"], "stored": anchors.info["stored"]}
     write_adapter(adapter, folder)
 
-# %% ../nbs/20_finetune.ipynb #692e870d
+# %% ../nbs/20_finetune.ipynb #674c296c
 def load_adapter(
     model: PreTrainedModel, # an emulator, or the whole model; changed in place by PEFT
     path, # an adapter directory

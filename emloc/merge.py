@@ -14,10 +14,11 @@ from tqdm.auto import tqdm
 from .adapter import check_shapes, read_adapter
 from .data import EmlocError
 from .lowrank import is_emulator
-from .model import Checkpoint, Conv1D, dense_weight, find_model, linears, new_directory, skeleton
+from .model import Checkpoint, Conv1D, dense_weight, find_model, linears, skeleton
+from .output import Run, file_hash
 
 # %% auto #0
-__all__ = ['WEIGHT_FILES', 'merged_weight', 'merge_adapter', 'check_mergeable']
+__all__ = ['WEIGHT_FILES', 'merged_weight', 'merge_adapter', 'merge_into', 'check_mergeable']
 
 # %% ../nbs/31_merge.ipynb #27aaba22
 def merged_weight(
@@ -47,20 +48,32 @@ def merge_adapter(
     for module in lora.pairs:
         if checkpoint.key(f"{module}.weight") is None:
             raise EmlocError(f"{module}: its weight is not in the files of {checkpoint.path} (it may be tied to another one), so a LoRA on it cannot be merged")
-    kept = set(checkpoint.files.values()) # other weight files beside these would be stale in the copy
-    with new_directory(out) as folder:
-        for file in checkpoint.path.iterdir():
-            stale = file.suffix in WEIGHT_FILES or (file.suffix == ".safetensors" and file not in kept)
-            if file.is_file() and not stale: shutil.copyfile(file, folder / file.name)
-        for module, (A, B) in tqdm(lora.pairs.items(), desc="merge", unit="layer"):
-            key = checkpoint.key(f"{module}.weight")
-            weight = checkpoint.read(key)
-            merged = merged_weight(weight, A, B, lora.scaling(module), isinstance(modules[module], Conv1D))
-            if not torch.isfinite(merged).all(): raise EmlocError(f"{module}: the merged weight is not finite in {merged.dtype}; use a smaller strength")
-            with open(folder / checkpoint.files[key].name, "r+b") as file:
-                file.seek(checkpoint.info[key]["start"])
-                file.write(merged.contiguous().view(torch.uint8).numpy().tobytes())
-    return Path(out)
+    settings = {"model": checkpoint.fingerprint(), "adapter": file_hash(Path(adapter) / "adapter_model.safetensors")}
+    with Run(out, settings) as run, tqdm(total=len(lora.pairs), desc="merge", unit="layer") as bar:
+        run.notes.setdefault("files", [])
+        for file in sorted(f for f in checkpoint.path.iterdir() if f.is_file()):
+            stale = file.suffix in WEIGHT_FILES or (file.suffix == ".safetensors" and file not in checkpoint.files.values())
+            if stale or file.name in run.notes["files"]: continue # weight files beside the model's own would be stale in the copy
+            shutil.copyfile(file, run.folder / file.name)
+            inside = {m: pair for m, pair in lora.pairs.items() if checkpoint.files[checkpoint.key(f"{m}.weight")] == file}
+            for module, (A, B) in inside.items():
+                merge_into(run.folder / file.name, checkpoint, module, merged_weight(checkpoint.read(f"{module}.weight"), A, B, lora.scaling(module), isinstance(modules[module], Conv1D)))
+                bar.update()
+            run.notes["files"].append(file.name)
+            run.mark("files", len(run.notes["files"]))
+    return run.out
+
+def merge_into(
+    file: Path, # a copy of one of the model's files
+    checkpoint: Checkpoint, # of the model
+    module: str, # a linear in this file
+    merged: torch.Tensor, # its new weight, as it is stored
+):
+    "Overwrite one weight in place. Raises `EmlocError` when it is not finite."
+    if not torch.isfinite(merged).all(): raise EmlocError(f"{module}: the merged weight is not finite in {merged.dtype}; use a smaller strength")
+    with open(file, "r+b") as f:
+        f.seek(checkpoint.info[checkpoint.key(f"{module}.weight")]["start"])
+        f.write(merged.contiguous().view(torch.uint8).numpy().tobytes())
 
 def check_mergeable(
     checkpoint: Checkpoint, # of the model

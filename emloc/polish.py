@@ -5,6 +5,7 @@
 # %% ../nbs/32_polish.ipynb #26e893fc
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import torch
@@ -12,13 +13,16 @@ from tqdm.auto import tqdm
 
 from .adapter import Adapter, check_shapes, read_adapter, write_adapter
 from .correct import add_lora
-from .data import EmlocError, encode_rows
+from .data import EmlocError, encode_rows, load_tokenizer, rows_hash
 from .merge import check_mergeable
-from .model import Checkpoint, block_linears, check_out, dense_weight, find_model, new_directory
+from .model import Checkpoint, find_model, linear_shapes
+from .output import Run, check_out, file_hash
 from .walk import Walk, completion_losses, keep_last
 
+log = logging.getLogger(__name__)
+
 # %% auto #0
-__all__ = ['step_pairs', 'lora_gradient', 'polish_adapter']
+__all__ = ['log', 'step_pairs', 'lora_gradient', 'Training', 'polish_adapter']
 
 # %% ../nbs/32_polish.ipynb #21935b98
 def step_pairs(
@@ -65,6 +69,37 @@ def lora_gradient(
     return total
 
 # %% ../nbs/32_polish.ipynb #3e668fa3
+class Training:
+    "LoRA pairs on their way, with AdamW."
+    def __init__(
+        self,
+        lora: Adapter, # where it begins
+        device, # of the pairs
+        lr: float, # learning rate
+    ):
+        self.pairs = {m: tuple(t.clone().to(device).requires_grad_() for t in pair) for m, pair in lora.pairs.items()} # {module: (A, B)}
+        self.scaling = {m: lora.scaling(m) for m in self.pairs}
+        self.optimizer = torch.optim.AdamW([t for pair in self.pairs.values() for t in pair], lr=lr, weight_decay=0.0)
+
+    def step(self, lr: float):
+        "One step along the gradients that are there."
+        for group in self.optimizer.param_groups: group["lr"] = lr
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def save(self, file: Path): torch.save({"pairs": self.result(), "optimizer": self.optimizer.state_dict()}, file)
+
+    def load(self, file: Path):
+        "Go on from what `save` kept."
+        kept = torch.load(file, weights_only=True)
+        for m, pair in kept["pairs"].items():
+            for mine, t in zip(self.pairs[m], pair): mine.data.copy_(t)
+        self.optimizer.load_state_dict(kept["optimizer"])
+
+    def result(self) -> dict: # {module: (A, B)}
+        return {m: (A.detach().cpu(), B.detach().cpu()) for m, (A, B) in self.pairs.items()}
+
+# %% ../nbs/32_polish.ipynb #8cf78a71
 def polish_adapter(
     adapter, # a corrected adapter directory, or any LoRA for this model
     model, # the whole model: a directory, a hub name, or 'default'
@@ -80,26 +115,29 @@ def polish_adapter(
     device: str | None = None, # where a block runs; by default the GPU if there is one
 ) -> Path: # a PEFT adapter directory for the whole model
     "Exact LoRA training on the whole model, one block in memory. Raises `EmlocError` for an adapter that is still the emulator's or does not fit."
-    out, lora, checkpoint = check_out(out), read_adapter(adapter), Checkpoint(find_model(model))
+    check_out(out)
+    lora, checkpoint = read_adapter(adapter), Checkpoint(find_model(model))
     check_mergeable(checkpoint, lora)
     if steps < 1 or len(train) == 0: raise EmlocError(f"{steps} steps on {len(train)} rows: give at least one of each")
+    train = encode_rows(train, load_tokenizer(checkpoint.path), max_length)
     order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed)).tolist()
     take = lambda i: train.select([order[j % len(order)] for j in range(i * rows, (i + 1) * rows)])
     walk = Walk(checkpoint, take(0), batch_size=batch_size, max_length=max_length, device=device)
-    check_shapes(lora, {n: tuple(dense_weight(m).shape) for n, m in block_linears(walk.model).items()}, str(checkpoint.path))
+    check_shapes(lora, linear_shapes(walk.model), str(checkpoint.path))
     for p in walk.model.parameters(): p.requires_grad_(False)
-    pairs = {m: tuple(t.clone().to(walk.device).requires_grad_() for t in pair) for m, pair in lora.pairs.items()}
-    scaling = {m: lora.scaling(m) for m in pairs}
-    optimizer = torch.optim.AdamW([t for pair in pairs.values() for t in pair], lr=lr, weight_decay=0.0)
-    losses, bar = [], tqdm(range(steps), desc="polish", unit="step")
-    for i in bar:
-        if i: walk.set_rows(encode_rows(take(i), walk.tokenizer, max_length), batch_size)
-        losses.append(lora_gradient(walk, pairs, scaling))
-        for group in optimizer.param_groups: group["lr"] = lr * (1 - i / steps)
-        optimizer.step()
-        optimizer.zero_grad()
-        bar.set_postfix_str(f"loss {losses[-1]:.3f}")
-    record = {"polish": {"steps": steps, "lr": lr, "rows": rows, "seed": seed, "losses": losses}}
-    done = Adapter(lora.config, {m: (A.detach().cpu(), B.detach().cpu()) for m, (A, B) in pairs.items()}, lora.info | record)
-    with new_directory(out) as folder: write_adapter(done, folder)
-    return out
+    training = Training(lora, walk.device, lr)
+    options = {"steps": steps, "lr": lr, "rows": rows, "seed": seed}
+    settings = options | {"batch_size": batch_size, "model": checkpoint.fingerprint(), "adapter": file_hash(Path(adapter) / "adapter_model.safetensors"), "data": rows_hash(train)}
+    with Run(out, settings) as run:
+        begun, losses = run.done.get("steps", 0), run.notes.setdefault("losses", [])
+        if begun: training.load(run.state / f"step-{begun:05d}.pt")
+        for i in tqdm(range(begun, steps), desc="polish", unit="step", initial=begun, total=steps):
+            walk.set_rows(take(i), batch_size)
+            losses.append(lora_gradient(walk, training.pairs, training.scaling))
+            training.step(lr * (1 - i / steps))
+            training.save(run.state / f"step-{i + 1:05d}.pt")
+            run.mark("steps", i + 1)
+            (run.state / f"step-{i:05d}.pt").unlink(missing_ok=True)
+            log.info("polish step %d: loss %.3f", i + 1, losses[-1])
+        write_adapter(Adapter(lora.config, training.result(), lora.info | {"polish": options | {"losses": losses}}), run.folder)
+    return run.out

@@ -100,11 +100,12 @@ class Walk:
         device: str | None = None, # where a block runs; by default the GPU if there is one
         variants: int = 1, # how many hidden states are kept for each batch
         model=None, # a skeleton to walk, where it is not the one of the checkpoint's config alone
+        share: tuple = (0, 1), # (number, of how many): which of the processes this is, each of which takes its part of the batches
     ):
         self.checkpoint = path if isinstance(path, Checkpoint) else Checkpoint(path)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         tokenizer = load_tokenizer(self.checkpoint.path)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.share = tokenizer, share
         self.set_rows(encode_rows(rows, tokenizer, max_length), batch_size, variants)
         self.model = skeleton(self.checkpoint) if model is None else model
         self.names = block_names(self.model)
@@ -120,8 +121,10 @@ class Walk:
         variants: int = 1, # as above
     ):
         "Begin again with other rows; the skeleton and the parts outside the blocks stay."
-        self.rows, self.batch_size = encoded, batch_size
-        self.batches, self.order = make_batches(encoded, self.tokenizer, batch_size)
+        self.rows, (number, of) = encoded, self.share
+        if len(encoded) < of: raise EmlocError(f"{len(encoded)} rows for {of} processes: give at least one to each")
+        self.batch_size = min(batch_size, -(-len(encoded) // of)) if of > 1 else batch_size
+        self.batches, self.order = (found[number::of] for found in make_batches(encoded, self.tokenizer, self.batch_size))
         self.hidden = [[None] * len(self.batches) for _ in range(variants)]
 
     def __len__(self): return len(self.names)
@@ -140,8 +143,8 @@ class Walk:
             with self.block(i) as step: yield step
 
     def tokens(self) -> int: # without padding
-        "How many tokens the rows have."
-        return int(sum(b["attention_mask"].sum() for b in self.batches))
+        "How many tokens the rows have, those of other processes included."
+        return sum(map(len, self.rows["input_ids"]))
 
     @torch.no_grad()
     def _run(self, number: int, index: int, variant: int = 0, **more): return self.forward(number, index, self.hidden[variant][number], **more)

@@ -82,7 +82,6 @@ def test_an_interrupted_pass_goes_on_and_gives_the_same_bits(llama_stages, task,
     rows, s = task.train.select(range(4)), llama_stages
     whole = compute_anchors(s.emulator, s.model, rows, tmp_path / "whole")
     pack, calls = module.pack, []
-    monkeypatch.setattr(module, "SAVE_SECONDS", 0)
     def stops(*args):
         calls.append(1)
         if len(calls) == 2: raise KeyboardInterrupt

@@ -12,6 +12,7 @@ from emloc.lowrank import emulator_weight, load_emulator
 from emloc.evaluate import alignment_report
 from emloc.finetune import load_adapter, lora_config, train_adapter, training_args, wrap
 from emloc.model import Checkpoint, dense_weight
+from emloc.output import Run
 from emloc.spectrum import Gram
 from emloc.walk import Walk, completion_losses
 
@@ -254,8 +255,9 @@ def nll(path, adapter, rows): # nats per token of the completions and their ends
 def test_candidates_are_judged_as_peft_would_run_them(stages, correct, task, tmp_path):
     candidates = [("none", 1.0), ("clamp", 1.0), ("gram", 1.4), ("gram", 2.0)]
     pieces = Pieces(read_adapter(stages.raw), stages.emulator, Checkpoint(stages.model))
-    project_inputs(pieces, task.train)
-    scores = judge(pieces, candidates, task.validation, 3.0, batch_size=3)
+    with Run(tmp_path / "run", {}) as run:
+        project_inputs(pieces, task.train, run)
+        scores = judge(pieces, candidates, task.validation, 3.0, run, batch_size=3)
     for (mode, strength), score in zip(candidates, scores):
         out = correct(stages, mode, out=tmp_path / f"{mode}-{strength}", strength=strength)
         assert (score["mode"], score["strength"]) == (mode, strength)

@@ -184,17 +184,16 @@ def test_an_interrupted_run_goes_on_where_it_was(at, model, build, tmp_path, mon
     assert built == list(range(at, len(block_names(skeleton(Checkpoint(model))))))
 
 
-@pytest.mark.parametrize("moment", ["before the rest is written", "while the traces are removed", "before it gets its name"])
+@pytest.mark.parametrize("moment", ["before the rest is written", "before it gets its name"])
 def test_a_run_interrupted_at_its_end_can_be_repeated(moment, build, tmp_path, monkeypatch):
     undisturbed = tiny.contents(build(out=tmp_path / "undisturbed", ratio=0.5))
     def stop(*args, **kwargs): raise KeyboardInterrupt
-    def unlink(path, *args, real=Path.unlink, **kwargs): stop() if path.name == "manifest.json" else real(path, *args, **kwargs)
-    where = {"before the rest is written": (emloc.emulator, "finish_emulator", stop), "while the traces are removed": (Path, "unlink", unlink),
-             "before it gets its name": (emloc.emulator, "finish_directory", stop)}
+    where = {"before the rest is written": (emloc.emulator, "finish_emulator", stop), "before it gets its name": (emloc.output, "finish_directory", stop)}
     monkeypatch.setattr(*where[moment])
     with pytest.raises(KeyboardInterrupt): build(ratio=0.5)
     monkeypatch.undo()
-    assert tiny.contents(build(ratio=0.5)) == undisturbed
+    built = interrupt(monkeypatch, None)
+    assert tiny.contents(build(ratio=0.5)) == undisturbed and built == []
 
 
 @pytest.fixture

@@ -157,7 +157,7 @@ class StopAt(TrainerCallback):
 
 def test_a_resumed_training_is_the_undisturbed_one(train, tmp_path):
     args, watch = {"steps": 6, "save_strategy": "steps", "save_steps": 3}, StopAt(6)
-    straight = train(out=tmp_path / "straight", args={"steps": 6})
+    straight = train(out=tmp_path / "straight", args={"steps": 6, "save_strategy": "no"})
     half = train(out=tmp_path / "half", args=args, callbacks=[StopAt(3)])
     resumed = train(out=tmp_path / "resumed", args=args, resume=True, callbacks=[watch])
     assert watch.seen == [4, 5, 6]

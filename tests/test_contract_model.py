@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from emloc.data import EmlocError
-from emloc.model import (Checkpoint, block_linears, block_names, default_model, dense_weight, empty, fill, find_model, linears, new_directory,
+from emloc.model import (Checkpoint, block_linears, block_names, default_model, dense_weight, empty, fill, find_model, linears,
                          skeleton)
 
 LLAMA_LIKE = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
@@ -209,24 +209,3 @@ def test_the_default_model_is_a_complete_model_directory():
     assert checkpoint.path == default_model()
     assert len(block_names(skeleton(checkpoint))) == 30 and checkpoint.dtype == torch.bfloat16
     assert 260e6 < checkpoint.nbytes < 280e6
-
-
-def test_a_new_directory_has_its_name_when_it_is_complete(tmp_path):
-    with new_directory(tmp_path / "out") as partial:
-        (partial / "file").write_text("x")
-        assert not (tmp_path / "out").exists()
-    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == ["out", "out/file"]
-
-
-@pytest.mark.parametrize("error", [EmlocError, KeyboardInterrupt, OSError])
-def test_a_new_directory_leaves_nothing_on_failure(error, tmp_path):
-    with pytest.raises(error), new_directory(tmp_path / "out") as partial:
-        (partial / "file").write_text("x")
-        raise error
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_new_directory_takes_no_name_that_is_in_use(tmp_path):
-    (tmp_path / "file").write_text("mine")
-    with pytest.raises(EmlocError, match="already"), new_directory(tmp_path): pass
-    assert (tmp_path / "file").read_text() == "mine"
