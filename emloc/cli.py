@@ -14,7 +14,6 @@ from dataclasses import asdict
 from pathlib import Path
 
 import yaml
-from accelerate import PartialState
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .adapter import read_adapter
@@ -28,7 +27,7 @@ from .finetune import lora_config, train_adapter, training_args
 from .lowrank import emulator_config
 from .merge import merge_adapter
 from .model import Checkpoint, find_model
-from .output import check_out, write_json
+from .output import check_out, processes, write_json
 from .polish import polish_adapter
 from .rank import by_spectrum, check_ratio
 
@@ -42,7 +41,7 @@ def emulate(args) -> dict:
     "Stage 1: build the emulator of MODEL from rows of TASK."
     check_ratio(args.ratio)
     check_out(args.out)
-    with PartialState().main_process_first(): find_model(args.model), load_task(args.task) # so that one process fetches them
+    with processes().main_process_first(): find_model(args.model), load_task(args.task) # so that one process fetches them
     calibration = load_task(args.task).calibration(args.rows, args.seed)
     print(f"emulator of {args.model} at ratio {args.ratio:g}, from {len(calibration)} rows of {args.task}")
     walk = {"batch_size": args.batch_size, "max_length": args.max_length, "device": args.device}
@@ -80,7 +79,7 @@ def anchored_rows(args, task) -> tuple: # (rows to train on, directory of anchor
     if not args.anchor_every: return task.train, None
     rows = task.train.select(range(min(len(task.train), args.steps * args.batch_size * args.accumulation)))
     folder, model = Path(f"{args.out}.anchors"), args.model or emulator_config(args.emulator).base_model
-    with PartialState().main_process_first():
+    with processes().main_process_first():
         if not (folder / "anchors.json").is_file():
             compute_anchors(args.emulator, model, rows, folder, every=args.anchor_every, stored=args.anchor_stored, max_length=args.max_length)
     return rows, folder
@@ -289,18 +288,18 @@ SHARED = ("emulate", "finetune") # what several processes do together
 
 def takes_part(command: str) -> bool:
     "Whether this process has work in a command."
-    return command in (*SHARED, "run") or PartialState().is_main_process
+    return command in (*SHARED, "run") or processes().is_main_process
 
 def main(
     argv: list | None = None, # words after `emloc`; by default those of the shell
 ) -> int: # 0; 2 for a mistake in what was asked for; 130 when interrupted
     "Run one command."
-    args, team = parser().parse_args(argv), PartialState()
+    args, team = parser().parse_args(argv), processes()
     log = logging.getLogger("emloc")
     log.setLevel(logging.INFO if team.is_main_process else logging.WARNING)
     try:
         if args.json and not Path(args.json).resolve().parent.is_dir(): raise EmlocError(f"--json {args.json}: its directory does not exist")
-        if args.command == "demo" and team.num_processes > 1: raise EmlocError("the demo runs in one process; start it without accelerate launch")
+        if args.command == "demo" and team.num_processes > 1: raise EmlocError("the demo runs in one process; start it without torchrun or accelerate launch")
         if not takes_part(args.command): return 0
         with logging_redirect_tqdm([log]), nullcontext() if team.is_main_process else redirect_stdout(None):
             result = args.function(args)

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from accelerate.utils import gather_object, reduce
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -21,7 +20,7 @@ from tqdm.auto import tqdm
 from .data import EmlocError, rows_hash
 from .lowrank import EmulatorConfig, LowRankLinear
 from .model import Checkpoint, dense_weight, find_model, linear_shapes
-from .output import Run, check_out, write_json
+from .output import Run, check_out, processes, write_json
 from .rank import uniform
 from .spectrum import Gram, decompose, truncate
 from .walk import Step, Walk
@@ -81,7 +80,7 @@ def build_block(
     ranks: dict, # {module name: rank}
 ) -> BuiltBlock: # the same in every process
     "Run a block on the calibration rows and factorise its linears."
-    grams, team, pairs, sigmas, errors = block_grams(step), PartialState(), {}, {}, {}
+    grams, team, pairs, sigmas, errors = block_grams(step), processes(), {}, {}, {}
     missing = set(step.linears) - set(grams)
     if missing: raise EmlocError(f"{sorted(missing)[0]}: no calibration token reached this layer, so it cannot be emulated; give more or other rows")
     for name in divide({n: tuple(dense_weight(m).shape) for n, m in step.linears.items()}, team.num_processes)[team.process_index]:
@@ -168,7 +167,7 @@ def build_emulator(
 ) -> Path: # the emulator directory
     "Stage 1: one pass over the model, block by block. Raises `EmlocError` for what it cannot do, and then leaves nothing behind."
     check_out(out)
-    path, team = find_model(model), PartialState()
+    path, team = find_model(model), processes()
     walk = Walk(path, calibration, share=(team.process_index, team.num_processes), **walk_options)
     ranks = choose_ranks(linear_shapes(walk.model), ratio, plan.ranks if plan is not None else ranks)
     check_calibration(walk, ranks)
@@ -192,7 +191,7 @@ def collect_spectra(
     **walk_options, # for Walk
 ) -> tuple: # ({name: sigma (k,)}, {name: (out, in)})
     "The spectra of all linears in one walk: what `rank.by_spectrum` asks for."
-    team, spectra = PartialState(), {}
+    team, spectra = processes(), {}
     walk = Walk(find_model(model), calibration, share=(team.process_index, team.num_processes), **walk_options)
     for step in tqdm(walk, desc="spectra", unit="block", disable=not team.is_main_process): spectra |= build_block(step, {}).sigmas
     return spectra, linear_shapes(walk.model)

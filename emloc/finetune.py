@@ -12,7 +12,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as LoraLinear
 from peft.tuners.lora.layer import LoraLayer
@@ -23,7 +22,7 @@ from .anchor import Anchors
 from .data import EmlocError, collator, encode_rows, load_tokenizer, rows_hash
 from .lowrank import LowRankLinear, emulator_config, load_emulator
 from .model import Checkpoint, block_linears, dense_weight
-from .output import check_out, check_same, last_checkpoint, new_directory, write_json
+from .output import check_out, check_same, last_checkpoint, new_directory, processes, write_json
 from .walk import keep_last
 
 # %% auto #0
@@ -154,7 +153,7 @@ def pick_up(
     resume: bool | None, # None: if the checkpoint is one of this training; True: in any case; False: never
 ) -> Path | None: # the checkpoint to go on from
     "Where to begin. Raises `EmlocError` when another training is unfinished here, or when there is nothing to resume from."
-    note, last, team = folder / NOTE, last_checkpoint(folder), PartialState()
+    note, last, team = folder / NOTE, last_checkpoint(folder), processes()
     if resume and not last: raise EmlocError(f"{folder}: there is no checkpoint here to resume from; train with save_strategy='steps' (--save-steps) first")
     ours = note.is_file()
     if resume is None and last and ours: check_same(folder, json.loads(note.read_text()), settings)
@@ -180,7 +179,7 @@ def train_adapter(
     **trainer, # any other option of transformers.Trainer, and max_length (tokens)
 ) -> Path: # a PEFT adapter directory, for the emulator: not yet corrected
     "Stage 2: a LoRA trained on the emulator. Raises `EmlocError` for rows, targets or LoRA options that cannot work."
-    out, source, team = check_out(out), emulator_config(emulator), PartialState()
+    out, source, team = check_out(out), emulator_config(emulator), processes()
     if len(train) == 0: raise EmlocError("there are no training rows; give at least one")
     args = args or training_args(f"{out}.checkpoints")
     torch.manual_seed(args.seed)

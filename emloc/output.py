@@ -12,14 +12,15 @@ import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from .data import EmlocError
 
 # %% auto #0
-__all__ = ['check_out', 'partial_of', 'finish_directory', 'write_json', 'file_hash', 'new_directory', 'check_same', 'Run',
-           'last_checkpoint']
+__all__ = ['check_out', 'partial_of', 'finish_directory', 'write_json', 'file_hash', 'new_directory', 'processes', 'check_same',
+           'Run', 'last_checkpoint']
 
 # %% ../nbs/00a_output.ipynb #287a523b
 def check_out(
@@ -76,6 +77,10 @@ def new_directory(
     finish_directory(partial, out)
 
 # %% ../nbs/00a_output.ipynb #493e6e14
+def processes() -> PartialState: # accelerate's: num_processes, process_index, is_main_process, wait_for_everyone()
+    "The processes that were launched together; without a GPU they talk through the CPU."
+    return PartialState(cpu=not torch.cuda.is_available())
+
 def check_same(
     folder: Path, # of an unfinished run
     found: dict, # its settings, read from JSON
@@ -98,7 +103,7 @@ class Run:
     ):
         self.out, self.folder, self.settings = check_out(out), partial_of(out), settings
         self.state, self.resume = self.folder / ".state", resume
-        self.team = PartialState() if shared else None
+        self.team = processes() if shared else None
         self.done, self.notes, self.bar = {}, {}, None
 
     @property

@@ -1,0 +1,68 @@
+"""Two processes share stages 1 and 2: the same result to rounding, written by one; killed, they go on together."""
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import tiny
+
+from emloc.emulator import build_emulator
+from emloc.finetune import lora_config, train_adapter, training_args
+
+SCRIPT = """
+import os, signal, sys
+sys.path[:0] = [{tests!r}]
+import torch, emloc.emulator, emloc.output
+from datasets import Dataset
+from emloc.emulator import build_emulator
+from emloc.finetune import lora_config, train_adapter, training_args
+torch.set_num_threads(1)
+model, out, deadly = sys.argv[1:]
+rows = Dataset.from_json({rows!r})
+real, built = emloc.emulator.build_block, []
+def build_block(step, ranks):
+    if step.index == 1 and deadly == "1" and os.environ["RANK"] == "1": os.kill(os.getpid(), signal.SIGKILL)
+    built.append(step.index)
+    return real(step, ranks)
+emloc.emulator.build_block = build_block
+emulator = build_emulator(model, rows, out + "/emulator", ratio=0.5)
+train_adapter(emulator, rows, out + "/raw", lora=lora_config(rank=4, alpha=8), args=training_args(out + "/checkpoints", steps=3, lr=1e-2, batch_size=4, bf16=False, disable_tqdm=True))
+open(out + "/built-" + os.environ["RANK"], "w").write(str(built))
+"""
+
+
+@pytest.fixture(scope="module")
+def launch(llama, task, tmp_path_factory):
+    "Function (folder, deadly) -> exit code of a launch of two processes."
+    folder = tmp_path_factory.mktemp("launch")
+    task.train.to_json(folder / "rows.jsonl")
+    (folder / "script.py").write_text(SCRIPT.format(tests=str(tiny.ROOT / "tests"), rows=str(folder / "rows.jsonl")))
+    def start(out, deadly: bool) -> int:
+        out.mkdir(exist_ok=True)
+        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+        env |= {"PYTHONPATH": str(tiny.ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
+        words = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", folder / "script.py", llama, out, int(deadly)]
+        done = subprocess.run([sys.executable, "-m", *map(str, words)], env=env, capture_output=True, text=True, timeout=300)
+        assert deadly or done.returncode == 0, done.stderr[-4000:]
+        return done.returncode
+    return start
+
+
+def test_two_processes_do_what_one_does_and_go_on_after_a_kill(launch, llama, task, tmp_path):
+    emulator = build_emulator(llama, task.train, tmp_path / "emulator", ratio=0.5)
+    raw = train_adapter(emulator, task.train, tmp_path / "raw", lora=lora_config(rank=4, alpha=8),
+                        args=training_args(tmp_path / "checkpoints", steps=3, lr=1e-2, batch_size=8, bf16=False, disable_tqdm=True))
+    out = tmp_path / "two"
+    assert launch(out, deadly=True) != 0
+    assert not (out / "emulator").exists() and json.loads((out / "emulator.partial" / ".state" / "manifest.json").read_text())["done"] == {"emulator": 1}
+    launch(out, deadly=False)
+    assert [(out / f"built-{rank}").read_text() for rank in (0, 1)] == ["[1, 2]", "[1, 2]"] # block 0 was not done again
+    assert sorted(p.name for p in out.iterdir()) == ["built-0", "built-1", "checkpoints", "emulator", "raw"]
+    from emloc.finetune import load_adapter
+    from emloc.lowrank import load_emulator
+    assert sorted(f.name for f in (out / "emulator").iterdir()) == sorted(f.name for f in emulator.iterdir())
+    one, two = tiny.logits(load_emulator(emulator)), tiny.logits(load_emulator(out / "emulator"))
+    assert tiny.differs(one, two) < 1e-3
+    trained, shared = (tiny.logits(load_adapter(load_emulator(e), r)) for e, r in ((emulator, raw), (out / "emulator", out / "raw")))
+    assert tiny.differs(trained, shared) < 1e-2 < tiny.differs(one, trained)
