@@ -3,16 +3,17 @@ __version__ = "0.1.0"
 
 from importlib import import_module
 
-from emloc import adapter, anchor, correct, data, emulator, evaluate, finetune, lowrank, memory, merge, model, polish, rank, spectrum, walk
+from emloc import adapter, anchor, correct, data, emulator, evaluate, finetune, lowrank, memory, merge, model, output, pairlora, polish, rank, spectrum, walk
 from emloc.anchor import compute_anchors
 from emloc.correct import correct_adapter
 from emloc.data import EmlocError, Task, load_task
 from emloc.emulator import build_emulator
 from emloc.evaluate import alignment_report, evaluate_task
-from emloc.finetune import load_adapter, train_adapter
+from emloc.finetune import train_adapter
 from emloc.lowrank import load_emulator
 from emloc.merge import merge_adapter
 from emloc.model import default_model
+from emloc.pairlora import load_adapter
 from emloc.polish import polish_adapter
 
 

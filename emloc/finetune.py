@@ -7,82 +7,28 @@ from __future__ import annotations
 
 import json
 import shutil
-import warnings
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora.layer import Linear as LoraLinear
+from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments
 
-from .adapter import PREFIX, check_lora, check_shapes, read_adapter, resolve_targets, write_adapter
+from .adapter import PREFIX, read_adapter, write_adapter
 from .anchor import Anchors
 from .data import EmlocError, collator, encode_rows, load_tokenizer, rows_hash
-from .lowrank import LowRankLinear, emulator_config, load_emulator
-from .model import Checkpoint, block_linears, dense_weight
+from .lowrank import emulator_config, load_emulator
+from .model import Checkpoint
 from .output import check_out, check_same, last_checkpoint, new_directory, processes, write_json
+from .pairlora import load_adapter, lora_config, wrap
 from .walk import keep_last
 
 # %% auto #0
-__all__ = ['NOTE', 'LowRankLora', 'register_pairs', 'quiet_peft', 'pair_names', 'lora_config', 'wrap', 'training_args',
-           'train_lora', 'AdapterTrainer', 'training_settings', 'pick_up', 'train_adapter', 'save_raw', 'load_adapter']
+__all__ = ['NOTE', 'training_args', 'train_lora', 'AdapterTrainer', 'with_positions', 'training_settings', 'pick_up',
+           'train_adapter', 'save_raw']
 
-# %% ../nbs/20_finetune.ipynb #4a7bab60
-class LowRankLora(LoraLinear):
-    "A LoRA beside a LowRankLinear."
-    def merge(self, *args, **kwargs):
-        raise EmlocError("a LoRA is not merged into an emulator; correct it (emloc correct) and merge it into the whole model (emloc merge)")
-
-    def _move_adapter_to_device_of_base_layer(self, adapter_name, device=None):
-        base = self.get_base_layer()
-        if isinstance(base, LowRankLinear) and base.U.device.type != "meta":
-            for layer in (self.lora_A, self.lora_B):
-                if adapter_name in layer: layer[adapter_name].to(device or base.U.device)
-
-def register_pairs(
-    lora: LoraConfig, # changed in place
-) -> LoraConfig: # the same
-    "Let this configuration find LowRankLinear modules; needed for training, and again for loading on an emulator."
-    lora._register_custom_module({LowRankLinear: LowRankLora})
-    return lora
-
-# %% ../nbs/20_finetune.ipynb #4b14a2b6
-@contextmanager
-def quiet_peft():
-    "PEFT warns of every layer that is not torch's own; ours are meant."
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Unsupported layer type")
-        yield
-
-# %% ../nbs/20_finetune.ipynb #2222fed9
-def pair_names(
-    model, # an emulator
-) -> list: # names of all linears of its blocks, low-rank or dense
-    "What a LoRA on an emulator can be put on."
-    return [*(n for n, m in model.named_modules() if isinstance(m, LowRankLinear)), *block_linears(model)]
-
-def lora_config(
-    rank: int = 8, # r
-    alpha: float = 16, # the scaling is alpha / rank
-    targets="all-linear", # 'all-linear', a list of names or endings, or a regular expression
-    **more, # any other option of peft.LoraConfig: use_rslora, rank_pattern, alpha_pattern, lora_dropout, …
-) -> LoraConfig:
-    "A LoRA configuration with emloc's defaults."
-    return LoraConfig(r=rank, lora_alpha=alpha, target_modules=targets, task_type="CAUSAL_LM", **more)
-
-def wrap(
-    emulator: PreTrainedModel, # changed in place by PEFT
-    lora: LoraConfig | None = None, # by default lora_config()
-) -> PeftModel: # with trainable pairs A, B on the targets
-    "A LoRA on the emulator. Raises `EmlocError` for a target that matches nothing and for LoRA variants that cannot move."
-    lora = lora or lora_config()
-    check_lora(lora)
-    lora.target_modules = resolve_targets(emulator, lora.target_modules, pair_names(emulator))
-    with quiet_peft(): return get_peft_model(emulator, register_pairs(lora))
-
-# %% ../nbs/20_finetune.ipynb #58e397b3
+# %% ../nbs/20_finetune.ipynb #ddfe810c
 def training_args(
     out, # where checkpoints go
     *,
@@ -95,7 +41,8 @@ def training_args(
     defaults = dict(output_dir=str(out), max_steps=steps, learning_rate=lr, per_device_train_batch_size=batch_size, warmup_steps=min(10, steps // 10),
                     lr_scheduler_type="linear", logging_steps=10, save_steps=50, save_total_limit=2, report_to="none",
                     bf16=not torch.cuda.is_available() or torch.cuda.is_bf16_supported(), use_cpu=not torch.cuda.is_available(),
-                    dataloader_pin_memory=False, remove_unused_columns=False, ddp_find_unused_parameters=False)
+                    dataloader_pin_memory=False, remove_unused_columns=False, ddp_find_unused_parameters=False,
+                    logging_nan_inf_filter=False) # the filter would wait for the GPU at every step
     return TrainingArguments(**defaults | more)
 
 def train_lora(
@@ -111,6 +58,7 @@ def train_lora(
 ) -> Trainer: # after training; its state has the log
     "The Trainer's loop on rows with the prompt masked."
     data, collate = encode_rows(rows, tokenizer, max_length), anchors.collator(tokenizer) if anchors else collator(tokenizer)
+    if args.n_gpu <= 1: collate = with_positions(collate, model) # several GPUs in one process would cut the positions into pieces
     if anchors: data, args.remove_unused_columns = data.add_column("row", list(range(len(data)))), False
     if trainer.get("eval_dataset") is not None: trainer["eval_dataset"] = encode_rows(trainer["eval_dataset"], tokenizer, max_length)
     if args.gradient_checkpointing: model.enable_input_require_grads()
@@ -120,18 +68,27 @@ def train_lora(
     with anchors.attached(model) if anchors else nullcontext(): run.train(resume_from_checkpoint=resume and str(resume))
     return run
 
-# %% ../nbs/20_finetune.ipynb #fe8bd33b
+# %% ../nbs/20_finetune.ipynb #d410b325
 class AdapterTrainer(Trainer):
     "A Trainer that computes the logits of completions only, and whose batches may bring anchors."
     anchors = None
     def compute_loss(self, model, inputs, *args, **kwargs):
         residuals = inputs.pop("anchors", None)
         if self.anchors: self.anchors.current = residuals
-        keep = keep_last(model, inputs["labels"])
-        if keep: inputs |= keep | {"labels": inputs["labels"][:, keep["logits_to_keep"]]}
+        if "logits_to_keep" in inputs: inputs |= {"labels": inputs["labels"][:, inputs["logits_to_keep"]]}
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-# %% ../nbs/20_finetune.ipynb #f7186794
+def with_positions(
+    collate, # from rows to a batch with labels
+    model, # that the batch is for
+): # from rows to a batch that also says which logits are wanted
+    "Where the completions are is found while the batch is still on the CPU, so that no step waits for the GPU."
+    def call(rows):
+        batch = dict(collate(rows))
+        return batch | keep_last(model, batch["labels"])
+    return call
+
+# %% ../nbs/20_finetune.ipynb #58e397b3
 NOTE = "emloc.json" # what a folder of checkpoints belongs to
 
 def training_settings(
@@ -166,7 +123,7 @@ def pick_up(
     team.wait_for_everyone()
     return None if begin else last
 
-# %% ../nbs/20_finetune.ipynb #b1d48aff
+# %% ../nbs/20_finetune.ipynb #56d68e92
 def train_adapter(
     emulator, # an emulator directory
     train, # rows with prompt and completion
@@ -215,27 +172,3 @@ def save_raw(
     adapter.info = {"emulator": str(emulator), "model": source.base_model, "model_fingerprint": source.base_fingerprint}
     if anchors: adapter.info["anchors"] = {"every": anchors.info["every"], "stored": anchors.info["stored"]}
     write_adapter(adapter, folder)
-
-# %% ../nbs/20_finetune.ipynb #674c296c
-def load_adapter(
-    model: PreTrainedModel, # an emulator, or the whole model; changed in place by PEFT
-    path, # an adapter directory
-    trainable: bool = False, # to train on
-) -> PeftModel:
-    "The adapter on a model. Raises `EmlocError` when it does not fit, or when a pair would be left over."
-    adapter = read_adapter(path)
-    source = getattr(getattr(model.config, "quantization_config", None), "base_fingerprint", None)
-    trained = adapter.info.get("model_fingerprint")
-    if source and trained and source != trained:
-        raise EmlocError(f"adapter {path} belongs to {adapter.info['model']}, and this is an emulator of another model")
-    shapes = {n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
-    shapes |= {n: tuple(dense_weight(m).shape) for n, m in (block_linears(model) if len(shapes) == 0 else {}).items()}
-    for n in set(adapter.pairs) - set(shapes):
-        module = dict(model.named_modules()).get(n)
-        if getattr(module, "weight", None) is not None: shapes[n] = tuple(dense_weight(module).shape)
-    check_shapes(adapter, shapes, f"this {type(model).__name__}")
-    adapter.config.inference_mode = not trainable
-    with quiet_peft(): wrapped = PeftModel.from_pretrained(model, path, config=register_pairs(adapter.config), is_trainable=trainable)
-    loaded = {n.removeprefix("base_model.model.").removesuffix(".lora_A.default") for n, _ in wrapped.named_modules() if n.endswith(".lora_A.default")}
-    if set(adapter.pairs) - loaded: raise EmlocError(f"adapter {path}: {sorted(set(adapter.pairs) - loaded)[0]} found no place in the model")
-    return wrapped
