@@ -3,7 +3,7 @@ __version__ = "0.1.0"
 
 from importlib import import_module
 
-from emloc import adapter, anchor, correct, data, emulator, evaluate, finetune, lowrank, memory, merge, model, output, pairlora, polish, rank, spectrum, walk
+from emloc import adapter, anchor, correct, data, emulator, evaluate, finetune, geometry, lowrank, memory, merge, model, output, pairlora, plan, polish, rank, simulate, spectrum, walk
 from emloc.anchor import compute_anchors
 from emloc.correct import correct_adapter
 from emloc.data import EmlocError, Task, load_task
@@ -14,6 +14,7 @@ from emloc.lowrank import load_emulator
 from emloc.merge import merge_adapter
 from emloc.model import default_model
 from emloc.pairlora import load_adapter
+from emloc.plan import plan_memory
 from emloc.polish import polish_adapter
 
 

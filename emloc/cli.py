@@ -28,18 +28,22 @@ from .lowrank import emulator_config
 from .merge import merge_adapter
 from .model import Checkpoint, find_model
 from .output import check_out, processes, write_json
+from .plan import Plan, plan_memory
 from .polish import polish_adapter
 from .rank import by_spectrum, check_ratio
 
 # %% auto #0
-__all__ = ['STAGES', 'OPTIONAL', 'SHARED', 'emulate', 'finetune', 'anchored_rows', 'anchor', 'parse_pattern', 'correct', 'polish',
-           'merge', 'evaluate', 'demo', 'as_words', 'read_config', 'run', 'Parser', 'options', 'parser', 'describe',
-           'takes_part', 'main']
+__all__ = ['STAGES', 'OPTIONAL', 'SHARED', 'emulate', 'finetune', 'fitting', 'plan', 'anchored_rows', 'anchor', 'parse_pattern',
+           'correct', 'polish', 'merge', 'evaluate', 'demo', 'as_words', 'read_config', 'run', 'Parser', 'options',
+           'parser', 'describe', 'takes_part', 'main']
 
 # %% ../nbs/70_cli.ipynb #d1399db6
 def emulate(args) -> dict:
     "Stage 1: build the emulator of MODEL from rows of TASK."
-    check_ratio(args.ratio)
+    if args.budget and args.ratio: raise EmlocError("give either a ratio or a budget, and not both")
+    if args.budget and args.ranks == "spectrum": raise EmlocError("a budget gives every weight the same ratio; for ranks by spectrum give that ratio")
+    fitted = fitting(args) if args.budget else None
+    args.ratio = fitted.ratio if fitted else check_ratio(0.25 if args.ratio is None else args.ratio)
     check_out(args.out)
     with processes().main_process_first(): find_model(args.model), load_task(args.task) # so that one process fetches them
     calibration = load_task(args.task).calibration(args.rows, args.seed)
@@ -48,7 +52,7 @@ def emulate(args) -> dict:
     if args.ranks == "spectrum":
         spectra, shapes = collect_spectra(args.model, calibration, **walk)
         choice = {"ranks": by_spectrum(spectra, shapes, args.ratio)}
-    else: choice = {"ratio": args.ratio}
+    else: choice = {"plan": fitted} if fitted else {"ratio": args.ratio}
     out = build_emulator(args.model, calibration, args.out, resume=not args.restart, **choice, **walk)
     size, whole = Checkpoint(out).nbytes, Checkpoint(find_model(args.model)).nbytes
     return {"emulator": str(out), "emulator_bytes": size, "model_bytes": whole, "share": size / whole}
@@ -69,6 +73,20 @@ def finetune(args) -> dict:
     rows, anchors = anchored_rows(args, task)
     out = train_adapter(args.emulator, rows, args.out, lora=lora, args=training, anchors=anchors, resume=True if args.resume else False if args.restart else None, max_length=args.max_length)
     return {"adapter": str(out), "layers": len(read_adapter(out).pairs)}
+
+def fitting(args) -> Plan:
+    "The plan for a budget. Raises `EmlocError` when nothing fits."
+    found = plan_memory(args.model, budget=args.budget, batch_size=args.train_batch, seq_len=args.max_length, rows=args.rows, walk_batch=args.batch_size)
+    if not found.fits: raise EmlocError(" ".join(line.strip() for line in found.advice))
+    print(f"the largest ratio that fits {args.budget} is {found.ratio:.3f}: training {args.train_batch} rows of {args.max_length} tokens will need {found.stages[1].peak / 2**30:.2f} GiB")
+    return found
+
+def plan(args) -> dict:
+    "What each stage on MODEL will need, from its config alone, and the ranks that fit."
+    found = plan_memory(args.model, budget=args.budget, ratio=args.ratio, batch_size=args.batch_size, seq_len=args.seq_len, completion=args.completion,
+                        checkpointing=not args.no_checkpointing, lora=lora_config(args.rank), rows=args.rows, walk_batch=args.walk_batch)
+    print(found)
+    return found.report()
 
 def anchored_rows(args, task) -> tuple: # (rows to train on, directory of anchors or None)
     "The training rows, and their anchors if they are wanted: stored ones, or made now for as many rows as the steps will see."
@@ -213,8 +231,20 @@ def parser() -> Parser:
     c.add_argument("--ratio", type=float, default=0.25, help="of the emulator, in (0, 1]")
     c.add_argument("--rows", type=int, default=300, help="test articles to score on")
     c.add_argument("--steps", type=int, default=150, help="of training")
+    c = options(sub, "plan", plan, ["model"], walk=False)
+    c.add_argument("--budget", help="memory that all stages may take, such as 24GiB: finds the largest ratio that fits")
+    c.add_argument("--ratio", type=float, help="of the emulator, in (0, 1]; by default what fits the budget, or 0.25")
+    c.add_argument("--batch-size", type=int, default=1, help="rows of a training step")
+    c.add_argument("--seq-len", type=int, default=2048, help="tokens of a row")
+    c.add_argument("--completion", type=int, help="tokens of a row that are learnt; by default all")
+    c.add_argument("--no-checkpointing", action="store_true", help="keep all activations: faster, and more memory")
+    c.add_argument("--rank", type=int, default=8, help="of the LoRA")
+    c.add_argument("--rows", type=int, default=256, help="calibration rows")
+    c.add_argument("--walk-batch", type=int, default=16, help="calibration rows that go through a block together")
     c = options(sub, "emulate", emulate, ["model", "task"], "emulator")
-    c.add_argument("--ratio", type=float, default=0.25, help="share of the linears' parameters to keep, in (0, 1]")
+    c.add_argument("--ratio", type=float, help="share of the linears' parameters to keep, in (0, 1]; 0.25 if there is no budget")
+    c.add_argument("--budget", help="memory that all stages may take, such as 24GiB: the largest ratio that fits")
+    c.add_argument("--train-batch", type=int, default=8, help="rows of a training step, for --budget")
     c.add_argument("--ranks", choices=["uniform", "spectrum"], default="uniform", help="one ratio for all weights, or as the spectra ask")
     c.add_argument("--rows", type=int, default=256, help="calibration rows")
     c.add_argument("--restart", action="store_true", help="do not go on with an unfinished run")
@@ -303,7 +333,7 @@ def main(
         if not takes_part(args.command): return 0
         with logging_redirect_tqdm([log]), nullcontext() if team.is_main_process else redirect_stdout(None):
             result = args.function(args)
-            if args.command not in ("demo", "run"): print(describe(result))
+            if args.command not in ("demo", "run", "plan"): print(describe(result))
         if args.json and team.is_main_process: write_json(Path(args.json), result)
     except EmlocError as error:
         print(f"emloc {args.command}: {error}", file=sys.stderr)

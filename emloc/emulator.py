@@ -22,14 +22,14 @@ from .lowrank import EmulatorConfig, LowRankLinear
 from .model import Checkpoint, dense_weight, find_model, linear_shapes
 from .output import Run, check_out, processes, write_json
 from .rank import uniform
-from .spectrum import Gram, decompose, truncate
+from .spectrum import Gram, Spectrum, decompose, truncate
 from .walk import Step, Walk
 
 log = logging.getLogger(__name__)
 
 # %% auto #0
 __all__ = ['log', 'README', 'block_grams', 'divide', 'BuiltBlock', 'build_block', 'choose_ranks', 'finish_emulator', 'block_file',
-           'check_calibration', 'build_emulator', 'collect_spectra']
+           'check_calibration', 'build_emulator', 'collect_spectra', 'load_spectra']
 
 # %% ../nbs/12_emulator.ipynb #d577a134
 def block_grams(
@@ -67,7 +67,7 @@ def divide(
 class BuiltBlock:
     "An emulated block."
     tensors: dict # {tensor name: tensor}
-    sigmas: dict # {module: sigma (k,)}
+    sigmas: dict # {module: sigma (k,)}, and {module.rest: energy of the directions whose sigma is not listed}
     errors: dict # {module: relative output error}
 
     def __repr__(self):
@@ -85,8 +85,8 @@ def build_block(
     if missing: raise EmlocError(f"{sorted(missing)[0]}: no calibration token reached this layer, so it cannot be emulated; give more or other rows")
     for name in divide({n: tuple(dense_weight(m).shape) for n, m in step.linears.items()}, team.num_processes)[team.process_index]:
         weight = dense_weight(step.linears[name])
-        spectrum = decompose(weight.float(), grams[name], name)
-        sigmas[name] = spectrum.sigma.float().cpu()
+        spectrum = decompose(weight, grams[name], name, ranks.get(name, 0))
+        sigmas |= {name: spectrum.sigma.float().cpu(), f"{name}.rest": torch.tensor(spectrum.rest)}
         if name not in ranks: continue
         U, V = truncate(spectrum, ranks[name])
         pairs[f"{name}.U"], pairs[f"{name}.V"] = U.to(weight.dtype).cpu(), V.to(weight.dtype).cpu()
@@ -193,5 +193,15 @@ def collect_spectra(
     "The spectra of all linears in one walk: what `rank.by_spectrum` asks for."
     team, spectra = processes(), {}
     walk = Walk(find_model(model), calibration, share=(team.process_index, team.num_processes), **walk_options)
-    for step in tqdm(walk, desc="spectra", unit="block", disable=not team.is_main_process): spectra |= build_block(step, {}).sigmas
+    for step in tqdm(walk, desc="spectra", unit="block", disable=not team.is_main_process):
+        spectra |= {n: sigma for n, sigma in build_block(step, {}).sigmas.items() if not n.endswith(".rest")} # all are listed
     return spectra, linear_shapes(walk.model)
+
+# %% ../nbs/12_emulator.ipynb #eb3684a5
+def load_spectra(
+    emulator, # an emulator directory
+) -> dict: # {module: Spectrum}, its sigma and rest; the directions themselves are in the emulator
+    "The spectra that stage 1 found. Those of very wide weights list the leading directions only, and what is left as `rest`."
+    found = load_file(Path(emulator) / "spectra.safetensors")
+    none = torch.empty(0, 0)
+    return {n: Spectrum(none, sigma, none, float(found.get(f"{n}.rest", 0))) for n, sigma in found.items() if not n.endswith(".rest")}

@@ -22,7 +22,8 @@ COLOURS = {"none": GREY, "clamp": ORANGE, "gram": BLUE, "auto": GREEN}
 
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'PINK', 'SKY', 'RED', 'GREY', 'COLOURS', 'png', 'panel', 'play', 'spectrum_figure',
-           'by_block', 'heat', 'rank_figure', 'error_figure', 'candidate_figure', 'score_figure', 'alignment_figure']
+           'by_block', 'heat', 'rank_figure', 'error_figure', 'candidate_figure', 'plan_figure', 'score_figure',
+           'alignment_figure']
 
 # %% ../nbs/60_explore.ipynb #a2d914fa
 def png(
@@ -157,6 +158,24 @@ def candidate_figure(
     for i, c in enumerate(candidates): ax.text(c["nll"], i, f" {c['nll']:.3f}, right {c['accuracy']:.0%}", va="center", fontsize=8)
     ax.margins(x=0.2)
     ax.set_xlabel("held-out loss of the whole model (nats per token), and completions that begin right")
+    figure.tight_layout()
+    return figure
+
+def plan_figure(
+    plan, # a Plan of plan_memory
+) -> Figure:
+    "What each stage and each of its rivals holds, by kind, against the budget."
+    needs, kinds = [*plan.stages, *plan.rivals], {"weights": BLUE, "lora": PINK, "optimizer": PINK, "gradients": PINK, "activations": ORANGE, "logits": GREEN, "workspace": GREY}
+    figure, ax = plt.subplots(figsize=(8, 0.8 + 0.4 * len(needs)))
+    left = [0.0] * len(needs)
+    for label, group in (("weights", ["weights"]), ("LoRA and optimizer", ["lora", "optimizer", "gradients"]), ("activations", ["activations"]), ("logits", ["logits"]), ("workspace", ["workspace"])):
+        sizes = [sum(n.parts.get(k, 0) for k in group) / 2**30 for n in needs]
+        ax.barh(range(len(needs)), sizes, left=left, color=kinds[group[0]], label=label)
+        left = [a + b for a, b in zip(left, sizes)]
+    for i, total in enumerate(left): ax.text(total, i, f" {total:.1f}", va="center", fontsize=8)
+    if plan.budget: ax.axvline(plan.budget / 2**30, color=RED, linestyle="--", label="budget")
+    ax.set_yticks(range(len(needs)), [n.name for n in needs], fontsize=8); ax.invert_yaxis(); ax.margins(x=0.1)
+    ax.set_xlabel(f"GiB; {plan.model}, emulator of ratio {plan.ratio:.2f}"); ax.legend(fontsize=8)
     figure.tight_layout()
     return figure
 

@@ -5,6 +5,8 @@
 # %% ../nbs/10_spectrum.ipynb #fdc2b594
 from __future__ import annotations
 
+import math
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -12,9 +14,45 @@ import torch
 from .data import EmlocError
 
 # %% auto #0
-__all__ = ['Gram', 'eigh', 'Spectrum', 'decompose', 'truncate']
+__all__ = ['strips', 'add_symmetric', 'mirror', 'fast_products', 'Gram', 'eigh', 'Spectrum', 'krylov', 'leading', 'lost',
+           'power_of_two', 'decompose', 'truncate']
 
 # %% ../nbs/10_spectrum.ipynb #e6b74f92
+def strips(
+    n: int, # of rows and columns
+) -> list: # slices that cover them
+    "A symmetric matrix is worked on strip by strip."
+    size = max(192, -(-n // 8))
+    return [slice(i, min(i + size, n)) for i in range(0, n, size)]
+
+def add_symmetric(
+    total: torch.Tensor, # (n, n), changed
+    a: torch.Tensor, # (m, n)
+    b: torch.Tensor, # (m, n), such that aᵀb is symmetric
+):
+    "total += aᵀb, but only in the blocks on and above the diagonal."
+    for s in strips(len(total)): total[s, s.start:].addmm_(a[:, s].T, b[:, s.start:])
+
+def mirror(
+    total: torch.Tensor, # (n, n), changed
+) -> torch.Tensor: # the same
+    "Copy what is above the diagonal to below it; no second matrix of this size is needed."
+    for s in strips(len(total)):
+        total[s, s] = total[s, s].triu() + total[s, s].triu(1).T
+        total[s.stop:, s] = total[s, s.stop:].T
+    return total
+
+@contextmanager
+def fast_products(
+    exact: bool, # whether the factors are bfloat16 numbers, so that nothing is lost
+):
+    "Let float32 products use bfloat16 multipliers for the duration of the `with`."
+    before = torch.get_float32_matmul_precision()
+    if exact: torch.set_float32_matmul_precision("medium")
+    try: yield
+    finally: torch.set_float32_matmul_precision(before)
+
+# %% ../nbs/10_spectrum.ipynb #8744f67c
 class Gram:
     "Σ xᵀx over the rows that were added; sums over batches and processes are just sums."
     def __init__(
@@ -23,32 +61,51 @@ class Gram:
         dtype: torch.dtype = torch.float32, # what the sum is kept in
         device="cpu",
     ):
-        self.matrix = torch.zeros(in_features, in_features, dtype=dtype, device=device) # (in, in)
+        self._sum = torch.zeros(in_features, in_features, dtype=dtype, device=device)
         self.count = 0 # rows added so far
-        self._root = None
+        self._root, self._mirrored = None, True
 
     def add(
         self,
         x: torch.Tensor, # (..., in), any float dtype
     ) -> "Gram":
         "Add rows."
-        x = x.reshape(-1, x.shape[-1]).to(self.matrix)
-        self.matrix.addmm_(x.T, x)
-        self.count, self._root = self.count + len(x), None
+        rows = x.reshape(-1, x.shape[-1]).to(self._sum)
+        with fast_products(x.dtype == torch.bfloat16): add_symmetric(self._sum, rows, rows)
+        self.count, self._root, self._mirrored = self.count + len(rows), None, False
         return self
+
+    @property
+    def matrix(self) -> torch.Tensor: # (in, in)
+        "The sum."
+        if not self._mirrored: mirror(self._sum)
+        self._mirrored = True
+        return self._sum
+
+    @matrix.setter
+    def matrix(self, value): self._sum, self._root, self._mirrored = value, None, True
+
+    def double(self) -> "Gram":
+        "The same sum in float64."
+        other = Gram(len(self._sum), torch.float64, self._sum.device)
+        other.matrix, other.count = self.matrix.double(), self.count
+        return other
 
     def root(
         self,
-        damping: float = 1e-6, # smallest eigenvalue kept, relative to the largest
-    ) -> tuple: # (S, S⁻¹), each (in, in), with S Sᵀ = G and S⁻¹ S = 1
-        "A square root of the Gram matrix, from its eigenvectors; computed once for all weights with this input."
+        damping: float = 1e-6, # smallest eigenvalue kept, relative to the largest, where Cholesky fails
+    ) -> torch.Tensor: # S (in, in) with S Sᵀ = G
+        "A square root of the Gram matrix: Cholesky's, or if G is too near to singular one from its eigenvectors. Computed once for all weights with this input."
         if self._root is None:
-            values, vectors = eigh(self.matrix)
-            values = values.clamp_min(max(float(values[-1]) * damping, torch.finfo(values.dtype).tiny)).sqrt()
-            self._root = vectors * values, (vectors / values).T
+            diagonal = self.matrix.diagonal()
+            root, failed = torch.linalg.cholesky_ex(self.matrix + (torch.finfo(diagonal.dtype).eps * diagonal).diag())
+            if failed:
+                values, vectors = eigh(self.matrix)
+                root = vectors * values.clamp_min(max(float(values[-1]) * damping, torch.finfo(values.dtype).tiny)).sqrt()
+            self._root = root
         return self._root
 
-# %% ../nbs/10_spectrum.ipynb #09eb09ab
+# %% ../nbs/10_spectrum.ipynb #e59363f2
 def eigh(
     matrix: torch.Tensor, # symmetric (n, n)
 ) -> tuple: # eigenvalues (n,) ascending, eigenvectors (n, n) in columns
@@ -59,13 +116,14 @@ def eigh(
     except torch.linalg.LinAlgError:
         return tuple(t.to(matrix) for t in torch.linalg.eigh(matrix.double().cpu()))
 
-# %% ../nbs/10_spectrum.ipynb #c7c40a6e
+# %% ../nbs/10_spectrum.ipynb #b14852fb
 @dataclass
 class Spectrum:
-    "A weight as a sum of directions, ordered by how much of its output each carries; weight = left @ right."
-    left: torch.Tensor # (out, k)
-    sigma: torch.Tensor # (k,), descending; Σσ² is the energy of the outputs on the calibration rows
+    "A weight as a sum of directions, ordered by how much of its output each carries; with all of them, weight = left @ right."
+    left: torch.Tensor # (out, k), orthonormal columns
+    sigma: torch.Tensor # descending, of these k directions or, where they came for free, of all
     right: torch.Tensor # (k, in)
+    rest: float = 0. # energy Σσ² of the directions whose σ is not listed
 
     def error(
         self,
@@ -73,44 +131,106 @@ class Spectrum:
     ) -> float: # between 0 and 1
         "The relative output error that truncation to this rank leaves: sqrt(Σ_{j>rank} σ² / Σ σ²)."
         energy = self.sigma.double() ** 2
-        return float((energy[rank:].sum() / energy.sum().clamp_min(torch.finfo(torch.float64).tiny)).sqrt())
+        left, all = energy[rank:].sum() + self.rest, energy.sum() + self.rest
+        return float((left / all.clamp_min(torch.finfo(torch.float64).tiny)).sqrt())
+
+    def to(
+        self,
+        dtype: torch.dtype,
+    ) -> "Spectrum":
+        "The same in another dtype."
+        return Spectrum(self.left.to(dtype), self.sigma.to(dtype), self.right.to(dtype), self.rest)
 
     def __repr__(self):
         out, k = self.left.shape
-        half = next(r for r in range(k + 1) if self.error(r) <= 0.5)
+        half = next((r for r in range(len(self.sigma) + 1) if self.error(r) <= 0.5), f"more than {len(self.sigma)}")
         return f"Spectrum of a ({out}, {self.right.shape[1]}) weight: {k} directions; {half} of them leave an output error of 50%"
 
-# %% ../nbs/10_spectrum.ipynb #b14852fb
+# %% ../nbs/10_spectrum.ipynb #99fb5d6b
+def krylov(
+    matrix: torch.Tensor, # K, symmetric (n, n), no negative eigenvalues
+    k: int, # directions to find
+    steps: int = 14, # products with K; each adds a block of k/4 columns
+    tolerance: float = 5e-4, # what the last two blocks may have added, relative to the energy that is left
+): # eigenvalues (k,) descending and eigenvectors (n, k), or None
+    "The leading eigenvectors by block Krylov iteration; None when they were not found to this tolerance."
+    n, b = len(matrix), -(-k // 4)
+    basis, image = matrix.new_empty(n, b * steps), matrix.new_empty(n, b * steps)
+    z = matrix @ torch.randn(n, b, generator=torch.Generator().manual_seed(0), dtype=matrix.dtype).to(matrix.device)
+    for start in range(0, b * steps, b):
+        found = basis[:, :start]
+        for _ in range(2): z = torch.linalg.qr(z - found @ (found.T @ z))[0]
+        basis[:, start:start + b], image[:, start:start + b] = z, matrix @ z
+        z = image[:, start:start + b]
+    small = basis.T @ image
+    values, vectors = torch.linalg.eigh((small + small.T) / 2)
+    before = torch.linalg.eigvalsh(small[:-2 * b, :-2 * b])[-k:].double().sum()
+    kept, total = values[-k:].double().sum(), matrix.diagonal().double().sum()
+    skew = (basis.T @ basis - torch.eye(b * steps).to(basis)).abs().amax()
+    fine = (kept - before <= tolerance * (total - kept) + 1e-7 * total) & (skew < 1e-4)
+    return (values[-k:].flip(0), basis @ vectors[:, -k:].flip(1)) if fine else None
+
+# %% ../nbs/10_spectrum.ipynb #b2fb3b1f
+def leading(
+    matrix: torch.Tensor, # symmetric (n, n)
+    k: int, # eigenvectors wanted; 0 for the values alone
+) -> tuple: # eigenvalues descending, (k,) or all (n,), and eigenvectors (n, k)
+    "The first k eigenvectors, by `krylov` where that is faster than all of them."
+    n = len(matrix)
+    if k == 0: return torch.linalg.eigvalsh(matrix).flip(0), matrix[:, :0]
+    found = krylov(matrix, k) if n >= 1024 and 5 * k <= n else None
+    if found is not None: return found
+    values, vectors = eigh(matrix)
+    return values.flip(0), vectors[:, n - k:].flip(1)
+
+def lost(
+    energy: torch.Tensor, # eigenvalues, descending
+    k: int, # how many of them matter
+) -> bool:
+    "Whether rounding (relative to the largest eigenvalue) reaches a thousandth of the k-th, in a dtype below float64."
+    return energy.dtype != torch.float64 and bool(torch.finfo(energy.dtype).eps * energy[0] > 1e-3 * energy[k - 1])
+
+def power_of_two(
+    value: float, # a size, not negative
+    name: str, # what to say when it is not finite
+) -> float: # near the value; dividing by it rounds nothing
+    "A scale. Raises `EmlocError` for NaN or infinity."
+    if not math.isfinite(value): raise EmlocError(f"{name} NaN or infinite entries")
+    return 2.0 ** math.floor(math.log2(value)) if value > 0 else 1.0
+
 @torch.no_grad()
 def decompose(
-    weight: torch.Tensor, # (out, in)
+    weight: torch.Tensor, # (out, in), any float dtype
     gram: Gram, # of the inputs of this weight, (in, in)
     name: str = "weight", # the layer, for messages
+    rank: int | None = None, # leading directions wanted; None for all, 0 for sigma alone
 ) -> Spectrum:
     "The activation-aware spectrum of a weight. Raises `EmlocError` when the weight or its inputs are not finite."
-    if not torch.isfinite(weight).all(): raise EmlocError(f"{name}: the weight has NaN or infinite entries")
-    matrix = gram.matrix.to(weight.device)
-    if not torch.isfinite(matrix).all(): raise EmlocError(f"{name}: its inputs on the calibration rows have NaN or infinite entries")
-    weight = weight.to(matrix.dtype)
-    try:
-        if weight.shape[0] <= weight.shape[1]:
-            energy, left = eigh(weight @ matrix @ weight.T)
-            left = left.flip(1)
-            right = left.T @ weight
-        else:
-            root, inverse = (t.to(weight.device) for t in gram.root())
-            scaled = weight @ root
-            energy, p = eigh(scaled.T @ scaled)
-            left, right = scaled @ p.flip(1), p.flip(1).T @ inverse
+    (out, in_), matrix = weight.shape, gram.matrix.to(weight.device)
+    n = min(out, in_)
+    k = n if rank is None else rank
+    if not 0 <= k <= n: raise EmlocError(f"{name}: rank {k} must be between 1 and {n}, the smaller side of this weight")
+    size = power_of_two(float(weight.abs().amax()), f"{name}: the weight has")
+    spread = power_of_two(float(matrix.diagonal().amax()) ** 0.5, f"{name}: its inputs on the calibration rows have")
+    dense, small = weight.to(matrix.dtype), matrix.new_zeros(n, n)
+    scaled = dense / size
+    if out <= in_: add_symmetric(small, scaled.T / spread, (scaled / spread @ matrix).T)
+    else:
+        root = gram.root().to(weight.device) / spread
+        add_symmetric(small, root, Gram(in_, matrix.dtype, weight.device).add(weight / size).matrix @ root)
+    try: energy, left = leading(mirror(small), k)
     except torch.linalg.LinAlgError as error:
         raise EmlocError(f"{name}: the eigendecomposition did not converge, not even in float64 ({error}); try other calibration rows") from error
-    return Spectrum(left, energy.flip(0).clamp_min(0).sqrt(), right)
+    if lost(energy, min(k or n, max(1, n // 4))): return decompose(weight, gram.double(), name, rank).to(matrix.dtype)
+    if out > in_: left = torch.linalg.qr(scaled @ (root @ left))[0]
+    rest = float(small.diagonal().double().sum() - energy.double().sum()) if len(energy) < n else 0.
+    return Spectrum(left, energy.clamp_min(0).sqrt() * size * spread, left.T @ dense, max(0., rest) * (size * spread) ** 2)
 
 def truncate(
     spectrum: Spectrum,
     rank: int, # directions to keep
 ) -> tuple: # U (out, rank), V (rank, in); W_E = U @ V
     "The best approximation of this rank, for the inputs of the Gram matrix."
-    k = len(spectrum.sigma)
-    if not 1 <= rank <= k: raise EmlocError(f"rank {rank}: must be between 1 and {k}, the smaller side of this weight")
+    k = spectrum.left.shape[1]
+    if not 1 <= rank <= k: raise EmlocError(f"rank {rank}: must be between 1 and {k}, the directions that were found")
     return spectrum.left[:, :rank].contiguous(), spectrum.right[:rank].contiguous()

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from emloc.data import EmlocError
-from emloc.spectrum import Gram, Spectrum, decompose, truncate
+from emloc.spectrum import Gram, Spectrum, decompose, krylov, truncate
 
 SHAPES = {"out < in": (6, 10), "square": (8, 8), "out > in": (12, 7)}
 
@@ -127,10 +127,12 @@ def test_rows_added_after_a_decomposition_count():
     assert torch.allclose(decompose(weight, gram.add(x[10:])).sigma, energies(weight, x).sqrt()[:4], rtol=1e-6)
 
 
-def test_the_root_of_a_gram_is_a_root_with_its_inverse():
-    gram = Gram(5, dtype=torch.float64).add(torch.randn(40, 5))
-    S, inverse = gram.root()
-    assert torch.allclose(S @ S.T, gram.matrix) and torch.allclose(inverse @ S, torch.eye(5).double())
+@pytest.mark.parametrize("rows", [40, 3], ids=["full rank", "rank deficient"])
+def test_the_root_of_a_gram_is_a_root(rows):
+    torch.manual_seed(8)
+    gram = Gram(5, dtype=torch.float64).add(torch.randn(rows, 5))
+    S = gram.root()
+    assert torch.allclose(S @ S.T, gram.matrix, atol=2e-6 * float(gram.matrix.diagonal().sum()))
 
 
 def test_the_rank_must_exist():
@@ -150,3 +152,115 @@ def test_a_weight_that_is_not_finite_is_named(value, shape):
 def test_inputs_that_are_not_finite_are_named(value, shape):
     gram = Gram(shape[1]).add(torch.full((3, shape[1]), value))
     with pytest.raises(EmlocError, match="layers.3.up_proj.*inputs"): decompose(torch.randn(*shape), gram, "layers.3.up_proj")
+
+
+def test_leading_directions_are_the_first_of_all(problem):
+    weight, x, gram = problem
+    some, whole = decompose(weight, gram, rank=2), decompose(weight, gram)
+    assert some.left.shape == (len(weight), 2) and some.right.shape == (2, weight.shape[1])
+    assert torch.allclose(some.left @ some.right, whole.left[:, :2] @ whole.right[:2], atol=1e-9)
+    assert some.error(2) == pytest.approx(whole.error(2), rel=1e-9, abs=1e-9)
+    with pytest.raises(EmlocError, match="rank 3"): truncate(some, 3)
+
+
+def test_left_is_orthonormal_and_right_its_projection(problem):
+    weight, _, gram = problem
+    s = decompose(weight, gram, rank=3)
+    assert torch.allclose(s.left.T @ s.left, torch.eye(3).double(), atol=1e-9) and torch.allclose(s.right, s.left.T @ weight)
+
+
+def test_rank_zero_gives_sigma_alone(shape):
+    torch.manual_seed(9)
+    weight, gram = torch.randn(*shape).double(), Gram(shape[1], dtype=torch.float64).add(torch.randn(50, shape[1]).double())
+    values, whole = decompose(weight, gram, rank=0), decompose(weight, gram)
+    assert torch.allclose(values.sigma, whole.sigma) and values.left.shape == (shape[0], 0) and values.error(2) == pytest.approx(whole.error(2))
+
+
+@pytest.mark.parametrize("rank", [-1, 50])
+def test_a_rank_that_cannot_be_is_named(rank, shape):
+    with pytest.raises(EmlocError, match=f"up_proj: rank {rank}"): decompose(torch.randn(*shape), Gram(shape[1]), "up_proj", rank)
+
+
+WIDE = {"out < in": (1024, 1100), "out > in": (1100, 1024)}
+
+
+@pytest.fixture(params=WIDE, scope="module")
+def wide(request):
+    "A layer wide enough for the Krylov solver, with a falling spectrum, and the float64 optimum."
+    torch.manual_seed(0)
+    out, in_ = WIDE[request.param]
+    weight, x = torch.randn(out, in_), torch.randn(1500, in_) * torch.logspace(0, -2, in_)
+    return weight, Gram(in_).add(x), x
+
+
+def excess(weight, x, U, V, rank): # relative to the float64 optimum
+    y, d = x.double() @ weight.double().T, x.double() @ (weight - U @ V).double().T
+    best = float(torch.linalg.eigvalsh(y.T @ y)[:-rank].sum())
+    return float((d ** 2).sum()) / best - 1
+
+
+def test_a_wide_layer_is_within_the_bar(wide):
+    weight, gram, x = wide
+    spectrum = decompose(weight, gram, rank=64)
+    assert len(spectrum.sigma) == 64 and spectrum.rest > 0, "not the Krylov solver"
+    assert -1e-6 < excess(weight, x, *truncate(spectrum, 64), 64) < 1e-4
+    d = x @ (weight - spectrum.left @ spectrum.right).T
+    assert spectrum.error(64) == pytest.approx(float(d.norm() / (x @ weight.T).norm()), rel=1e-4)
+
+
+def test_a_wide_layer_repeats_to_the_bit(wide):
+    weight, gram, _ = wide
+    a, b = decompose(weight, gram, rank=64), decompose(weight, gram, rank=64)
+    assert torch.equal(a.left, b.left) and torch.equal(a.right, b.right) and torch.equal(a.sigma, b.sigma)
+
+
+def test_a_wide_layer_without_enough_rows_falls_back():
+    torch.manual_seed(1)
+    weight, x = torch.randn(1024, 1024), torch.randn(40, 1024)
+    U, V = truncate(decompose(weight, Gram(1024).add(x), rank=64), 64)
+    assert float((x @ (weight - U @ V).T).norm() / (x @ weight.T).norm()) < 1e-3
+
+
+def test_krylov_says_so_when_it_has_not_found_the_directions():
+    torch.manual_seed(2)
+    q = torch.linalg.qr(torch.randn(400, 400).double())[0]
+    steep = (q * torch.logspace(0, -6, 400).double()) @ q.T
+    values, vectors = krylov(steep, 20)
+    assert torch.allclose(values, torch.logspace(0, -6, 400).double()[:20], rtol=1e-4)
+    assert krylov(torch.zeros(400, 400), 20) is None or krylov(torch.zeros(400, 400), 20)[0].abs().max() == 0
+    assert krylov((q * torch.linspace(1, 0.9, 400).double()) @ q.T, 20, steps=3) is None
+
+
+def test_a_few_huge_inputs_do_not_drown_the_rest():
+    torch.manual_seed(3)
+    weight, x = torch.randn(96, 128), torch.randn(500, 128)
+    x[:, 5] *= 3000
+    U, V = truncate(decompose(weight, Gram(128).add(x), rank=24), 24)
+    assert excess(weight, x, U, V, 24) < 1e-4
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-12, 1e12, 1e30])
+def test_the_scale_of_the_weight_does_not_matter(scale, shape):
+    torch.manual_seed(4)
+    weight, gram = torch.randn(*shape), Gram(shape[1]).add(torch.randn(50, shape[1]))
+    one, other = decompose(weight, gram, rank=3), decompose(weight * scale, gram, rank=3)
+    assert torch.allclose(one.sigma[:3] * scale, other.sigma[:3], rtol=1e-4) and torch.allclose(one.left @ one.right * scale, other.left @ other.right, rtol=1e-2, atol=1e-4 * scale)
+
+
+def test_a_zero_weight_gives_zero_factors(shape):
+    U, V = truncate(decompose(torch.zeros(*shape), Gram(shape[1]).add(torch.randn(9, shape[1])), rank=2), 2)
+    assert torch.isfinite(U).all() and not V.any()
+
+
+def test_a_bfloat16_gram_loses_nothing_and_leaves_the_setting():
+    torch.manual_seed(5)
+    x, before = torch.randn(300, 500).bfloat16(), torch.get_float32_matmul_precision()
+    assert torch.allclose(Gram(500).add(x).matrix.double(), x.double().T @ x.double(), atol=1e-3)
+    assert torch.get_float32_matmul_precision() == before
+
+
+def test_the_matrix_of_a_gram_can_be_set_and_added_to():
+    x = torch.randn(30, 400).double()
+    gram, other = Gram(400, torch.float64).add(x[:10]), Gram(400, torch.float64).add(x[10:20])
+    gram.matrix += other.matrix
+    assert torch.allclose(gram.add(x[20:]).matrix, x.T @ x) and torch.equal(gram.matrix, gram.matrix.T)

@@ -1,0 +1,153 @@
+"""Does each stage need the memory that we promise? Every stage in a process of its own, on the CPU.
+
+    python bench/memory.py [--quick] [--out runs/memory]
+
+Stage 1 and stage 3 see one block, or one weight, at a time: on a random model of 1.1B parameters (TinyLlama's geometry,
+bfloat16, several shards) their peak stays under 1 GiB over the imported libraries, and it does not grow with the number of
+blocks. Training the emulator needs no more than inference of the whole model, on the embedded model and on the large one.
+
+Writes bench/results/memory.json. A result is kept under --out and not measured twice, so a run that was interrupted goes on;
+--quick does everything with tiny sizes, to see that it works, and --again forgets what was kept. The allocator is as the
+system has it; --malloc also measures with MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ set, in rows that say so.
+"""
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import machine
+import stage
+from emloc.model import Checkpoint, find_model
+from models import GEOMETRIES, keep_model
+
+HERE = Path(__file__).parent
+GIB, MIB = 2**30, 2**20
+MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
+# growth below this is the bookkeeping of more names, not weights: a block of the growth bench has 14 MB
+GROWTH = 1.05
+SIZES = { # geometry of the large model and of the one that grows, blocks of the latter, of the short one, and what the stages see
+    "full": {"large": "1.1b", "growing": "blocks", "counts": (8, 16, 32), "short": 3, "rows": 64, "many_rows": 256, "length": 100, "train_length": 128, "judged": 8},
+    "quick": {"large": "tiny", "growing": "tiny", "counts": (1, 2, 4), "short": 2, "rows": 16, "many_rows": 32, "length": 24, "train_length": 24, "judged": 4},
+}
+MODES = ("none", "clamp", "gram", "auto")
+
+
+class Bench:
+    "Jobs, their kept results, and the rows of the table."
+    def __init__(self, out: Path, sizes: dict, again: bool = False, malloc: bool = False):
+        self.out, self.sizes, self.again, self.malloc, self.rows = out, sizes, again, malloc, []
+        out.mkdir(parents=True, exist_ok=True)
+
+    def model(self, geometry: dict, name: str, base) -> Path: return keep_model(geometry, self.out / name, tokenizer=base)
+
+    def row(self, title: str, peak: int | None, bound: int | None, found: dict, note: str = ""):
+        met = None if bound is None else peak is not None and peak <= bound
+        self.rows.append({"stage": title, "peak_bytes": peak, "bound_bytes": bound, "met": met, "note": note or found.get("error", ""), "where": found.get("where", ""), "measured": found})
+        print(line(self.rows[-1]), flush=True)
+
+    def measure(self, title: str, name: str, bound: int | None, env: dict | None = None, **job) -> dict:
+        "A job, in the table. Its directory stays for those that follow."
+        if "out" in job: job["out"] = str(self.out / job["out"])
+        found = stage.kept(self.out / "measured", name, job, again=self.again, env=env)
+        self.row(title, found.get("peak_bytes"), bound, found)
+        return found
+
+    def drop(self, *names: str):
+        for name in names: stage.remove(self.out / name)
+
+
+def line(row: dict) -> str:
+    "A row of the table, in Markdown."
+    show = lambda n: "–" if n is None else f"{n / MIB:.0f}"
+    met = {None: "", True: "yes", False: "**no**"}[row["met"]]
+    return f"| {row['stage']} | {show(row['peak_bytes'])} | {show(row['bound_bytes'])} | {met} | {row['note']} |"
+
+
+def growth(bench: Bench, base):
+    "Stage 1 and merge's reader on ever more blocks."
+    sizes, first = bench.sizes, None
+    for count in sizes["counts"]:
+        name = f"{sizes['growing']}-{count}"
+        model = bench.model(GEOMETRIES[sizes["growing"]] | {"num_hidden_layers": count}, name, base)
+        found = bench.measure(f"stage 1, {count} blocks of hidden size {GEOMETRIES[sizes['growing']]['hidden_size']}", f"growth-{count}", first and int(first * GROWTH), job="emulate", model=str(model),
+                              out=f"emulator-{name}", rows=sizes["rows"], length=sizes["length"])
+        first = first or found.get("peak_bytes")
+        bench.drop(name)
+        shutil.rmtree(bench.out / f"emulator-{name}" / "nothing", ignore_errors=True)
+
+
+def compare_training(bench: Bench, title: str, name: str, model, emulator, adapter: str):
+    "Training of the emulator against inference of the whole model, at the same batch and length."
+    length = bench.sizes["train_length"]
+    whole = bench.measure(f"{title}: inference of the whole model", f"infer-{name}", None, job="infer", model=str(model), length=length)
+    found = bench.measure(f"{title}: training the emulator", f"train-{name}", whole.get("peak_bytes"), job="train", emulator=str(emulator), out=adapter, length=length)
+    if "peak_bytes" in found and "peak_bytes" in whole: bench.rows[-1]["ratio"] = found["peak_bytes"] / whole["peak_bytes"]
+    if "ratio" in bench.rows[-1]:
+        bench.rows[-1]["note"] = f"ratio {bench.rows[-1]['ratio']:.2f}; with the libraries {(found['peak_bytes'] + found['base_bytes']) / (whole['peak_bytes'] + whole['base_bytes']):.2f}"
+        print(line(bench.rows[-1]), flush=True)
+
+
+def embedded(bench: Bench, base):
+    "Stage 2 on the embedded model."
+    out = bench.measure("embedded model: stage 1", "embedded", GIB, job="emulate", model=str(base), out="emulator-embedded", rows=bench.sizes["rows"], length=bench.sizes["length"])
+    if "error" not in out: compare_training(bench, "embedded model", "embedded", base, bench.out / "emulator-embedded", "adapter-embedded")
+    bench.drop("emulator-embedded", "adapter-embedded")
+
+
+def large(bench: Bench, base):
+    "Every stage on the large model."
+    sizes, out = bench.sizes, bench.out
+    geometry, length, rows = GEOMETRIES[sizes["large"]], sizes["length"], sizes["rows"]
+    short = bench.model(geometry | {"num_hidden_layers": sizes["short"]}, "short", base)
+    bench.measure(f"stage 1, {sizes['many_rows']} rows, the first {sizes['short']} blocks", "stage1-short", GIB, job="emulate", model=str(short), out="emulator-short", rows=sizes["many_rows"], length=length)
+    bench.drop("short", "emulator-short")
+    model = str(bench.model(geometry, "large", base))
+    emulator, adapter = str(out / "emulator-large"), str(out / "adapter-large")
+    title = f"stage 1, {rows} rows, all {geometry['num_hidden_layers']} blocks"
+    bench.measure(title, "stage1", GIB, job="emulate", model=model, out="emulator-large", rows=rows, length=length)
+    if bench.malloc:
+        bench.measure(f"{title}, malloc thresholds 1 MiB", "stage1-malloc", GIB, env=MALLOC, job="emulate", model=model, out="emulator-malloc", rows=rows, length=length)
+        bench.drop("emulator-malloc")
+    bench.measure("anchors", "anchor", GIB, job="anchor", emulator=emulator, model=model, out="anchors", length=length)
+    bench.drop("anchors")
+    compare_training(bench, "large model", "large", model, emulator, "adapter-large")
+    for mode in MODES:
+        bench.measure(f"correct, mode {mode}", f"correct-{mode}", GIB, job="correct", adapter=adapter, emulator=emulator, model=model, out=f"corrected-{mode}", mode=mode, length=length, held_out=sizes["judged"])
+    bench.measure("merge", "merge", GIB, job="merge", model=model, adapter=str(out / "corrected-clamp"), out="merged")
+    bench.drop("merged")
+    bench.measure("polish, one step", "polish", GIB, job="polish", adapter=str(out / "corrected-clamp"), model=model, out="polished", length=length)
+    bench.rows.append({"stage": "the large model itself", "peak_bytes": Checkpoint(model).nbytes, "bound_bytes": None, "met": None, "note": f"{len(set(Checkpoint(model).files.values()))} shards on disk", "where": "", "measured": {}})
+    print(line(bench.rows[-1]), flush=True)
+
+
+PARTS = {"growth": growth, "embedded": embedded, "large": large}
+HEAD = ["| stage | peak over the libraries, MiB | bound, MiB | met | |", "| --- | --- | --- | --- | --- |"]
+
+
+def run(out: Path, *, quick: bool = False, base="default", parts: list = list(PARTS), again: bool = False, malloc: bool = False, results: Path | None = None) -> dict:
+    "All parts; the report that is written."
+    base, bench = find_model(base), Bench(out, SIZES["quick" if quick else "full"], again, malloc)
+    print("\n".join(HEAD), flush=True)
+    for part in parts: PARTS[part](bench, base)
+    about = machine.describe()
+    markdown = "\n".join([*HEAD, *map(line, bench.rows), "", f"({machine.line(about)}. Each row is a process of its own; its peak is the larger of the resident set every 10 ms and the kernel's VmHWM, minus the resident set once everything is imported.)"])
+    for row in bench.rows: row["measured"].pop("job", None)
+    report = {"machine": about, "quick": quick, "rows": bench.rows, "markdown": markdown}
+    if results:
+        results.parent.mkdir(parents=True, exist_ok=True)
+        results.write_text(json.dumps(report, indent=1) + "\n")
+    return report
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="tiny sizes, to see that it works; writes no result unless --results says where")
+    parser.add_argument("--out", type=Path, default=Path("runs/memory"), help="models and results of single stages")
+    parser.add_argument("--base", default="default", help="the embedded model: the tokenizer's source, and the small model of stage 2")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--again", action="store_true", help="measure anew what is there already")
+    parser.add_argument("--malloc", action="store_true", help="stage 1 once more with the allocator's thresholds set")
+    parser.add_argument("--results", type=Path, help="the report; by default bench/results/memory.json")
+    args = parser.parse_args()
+    results = args.results or (None if args.quick else HERE / "results" / "memory.json")
+    print("\n" + run(args.out, quick=args.quick, base=args.base, parts=args.parts, again=args.again, malloc=args.malloc, results=results)["markdown"])

@@ -1,0 +1,183 @@
+"""Predicted and measured peaks of memory: each run in a process of its own, and the ratio of the two.
+
+    python bench/plan.py [--only NAME ...]
+
+Writes bench/results/plan.json. What is measured is the largest resident set above that before the run, after imports and after
+a tiny run of the same kind, so that thread pools and kernels are there. The processes return freed memory to the system at once
+(MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ of 64 KiB), or the resident set would show what the allocator keeps for later.
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import machine
+
+HERE = Path(__file__).parent
+SMOL = dict(hidden_size=576, intermediate_size=1536, num_hidden_layers=6, num_attention_heads=9, num_key_value_heads=3)
+WORDS = 50304 # of the random models: enough for the embedded model's tokenizer
+CONFIGS = { # random models, in bfloat16
+    "GPT-2 like": dict(model_type="gpt2", vocab_size=WORDS, n_embd=1024, n_layer=16, n_head=16, n_positions=2048),
+    "Qwen3 like": dict(model_type="qwen3", vocab_size=WORDS, hidden_size=1024, intermediate_size=3072, num_hidden_layers=20, num_attention_heads=16,
+                       num_key_value_heads=8, head_dim=128, tie_word_embeddings=True),
+    "Llama like": dict(model_type="llama", vocab_size=WORDS, hidden_size=1280, intermediate_size=3584, num_hidden_layers=16, num_attention_heads=20,
+                       num_key_value_heads=4, tie_word_embeddings=False),
+}
+RUNS = [ # name, model, what is run, rows in a batch, tokens, positions with logits (None: all), checkpointing
+    dict(model="default", stage="train", batch_size=4, seq_len=512, completion=32),
+    dict(model="default", stage="train", batch_size=1, seq_len=1024, completion=None),
+    dict(model="default", stage="train", batch_size=8, seq_len=256, completion=16, checkpointing=True),
+    dict(model="GPT-2 like", stage="train", batch_size=2, seq_len=384, completion=64),
+    dict(model="Qwen3 like", stage="train", batch_size=2, seq_len=512, completion=128, checkpointing=True),
+    dict(model="Llama like", stage="train", batch_size=4, seq_len=256, completion=32),
+    dict(model="Llama like", stage="lora", batch_size=1, seq_len=512, completion=None),
+    dict(model="Qwen3 like", stage="infer", batch_size=1, seq_len=2048),
+    dict(model="Llama like", stage="infer", batch_size=4, seq_len=512),
+    dict(model="default", stage="build", batch_size=8, seq_len=256, rows=32),
+    dict(model="Qwen3 like", stage="build", batch_size=4, seq_len=512, rows=8),
+]
+RATIO = 0.25
+
+
+def name(run: dict) -> str:
+    "A run in a few words."
+    return f"{run['stage']} {run['model']} {run['batch_size']} x {run['seq_len']}" + (" checkpointing" if run.get("checkpointing") else "")
+
+
+def write_random(config: dict, folder: Path, ratio: float | None = None) -> Path:
+    "A model, or its emulator, with random weights."
+    import torch
+    from emloc.data import load_tokenizer
+    from emloc.geometry import bare_model
+    from emloc.lowrank import EmulatorConfig, put_pairs
+    from emloc.model import block_linears, default_model, dense_weight
+    from emloc.rank import uniform
+    from safetensors.torch import save_file
+    from transformers import AutoConfig
+    config = AutoConfig.for_model(**config, dtype="bfloat16")
+    model = bare_model(config)
+    ranks = uniform({n: tuple(dense_weight(m).shape) for n, m in block_linears(model).items()}, ratio or 1)
+    put_pairs(model, ranks)
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    save_file({n: torch.randn(p.shape).mul_(0.02).to(p.dtype) for n, p in model.named_parameters() if n not in tied}, folder / "model.safetensors", metadata={"format": "pt"})
+    load_tokenizer(default_model()).save_pretrained(folder)
+    if ratio:
+        settings = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(settings | {"quantization_config": EmulatorConfig(ranks).to_dict()}))
+    return folder
+
+
+def rows_of(count: int, run: dict):
+    "Encoded rows: in each batch one of the full length, the others a little shorter, so that there is padding."
+    import datasets
+    import torch
+    torch.manual_seed(0)
+    rows, size = [], run["batch_size"]
+    for i in range(count):
+        n = run["seq_len"] - (i % size) * 3
+        ids = torch.randint(1000, 49000, (n,)).tolist()
+        kept = n if run.get("completion") is None else max(1, run["completion"] - (i % size) * 3)
+        rows.append({"input_ids": ids, "labels": [-100] * (n - kept) + ids[n - kept:]})
+    return datasets.Dataset.from_list(rows)
+
+
+def resident(model):
+    "Read every weight once: weights are mapped from their file, and rows of an embedding that no token asks for would never arrive."
+    import torch
+    for p in model.parameters(): p.detach().view(-1).view(torch.uint8)[::4096].sum()
+    return model
+
+
+def work(run: dict, folder: Path, out: Path):
+    "The run itself: exactly what the package does."
+    import torch
+    from emloc.data import load_tokenizer
+    from emloc.emulator import build_emulator
+    from emloc.finetune import load_emulator, train_lora, training_args
+    from emloc.pairlora import wrap
+    from transformers import AutoModelForCausalLM
+    if run["stage"] == "build": return build_emulator(folder, rows_of(run["rows"], run), out, ratio=RATIO, batch_size=run["batch_size"], max_length=run["seq_len"])
+    if run["stage"] == "infer":
+        model = resident(AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval())
+        batch = {"input_ids": torch.randint(1000, 49000, (run["batch_size"], run["seq_len"]))}
+        batch["attention_mask"] = torch.ones_like(batch["input_ids"])
+        if run["batch_size"] > 1: batch["attention_mask"][1:, -3:] = 0
+        with torch.no_grad(): return model(**batch, use_cache=True, logits_to_keep=1).logits.shape
+    model = wrap(resident(load_emulator(folder) if run["stage"] == "train" else AutoModelForCausalLM.from_pretrained(folder, dtype="auto")))
+    args = training_args(out, steps=2, batch_size=run["batch_size"], gradient_checkpointing=run.get("checkpointing", False), disable_tqdm=True, dataloader_drop_last=True,
+                         train_sampling_strategy="sequential")
+    train_lora(model, rows_of(2 * run["batch_size"], run), args, tokenizer=load_tokenizer(folder), max_length=run["seq_len"])
+
+
+def child(run: dict):
+    "In a process of its own: a tiny run of the same kind, then the run, measured."
+    import gc
+    import torch
+    from emloc.memory import measure
+    torch.set_num_threads(run.get("threads", 1))
+    tiny = {"model_type": "llama", "vocab_size": WORDS, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    with tempfile.TemporaryDirectory() as tmp:
+        small = run | {"batch_size": 2, "seq_len": 48, "completion": 8, "rows": 8}
+        warm = write_random(tiny, Path(tmp) / "tiny", RATIO if run["stage"] == "train" else None)
+        work(small, warm, Path(tmp) / "warm")
+        gc.collect()
+        with measure(name(run), interval=0.005) as usage: work(run, Path(run["folder"]), Path(tmp) / "out")
+    print(json.dumps({"measured": usage.peak_bytes - usage.start_bytes, "base": usage.start_bytes, "seconds": usage.seconds}))
+
+
+def measured(run: dict) -> dict:
+    "Start the process and read what it found."
+    env = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    done = subprocess.run([sys.executable, __file__, "--child", json.dumps(run)], capture_output=True, text=True, env=env)
+    if done.returncode: raise RuntimeError(done.stderr)
+    return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def predicted(run: dict) -> tuple: # (bytes, moment)
+    "What the plan says of this run; on a CPU the hidden states that wait are in the same memory."
+    from emloc.plan import plan_memory
+    plan = plan_memory(run["folder" if run["model"] != "default" else "model"], ratio=RATIO, batch_size=run["batch_size"], seq_len=run["seq_len"], completion=run.get("completion"),
+                       checkpointing=run.get("checkpointing", False), rows=run.get("rows", 256), walk_batch=run["batch_size"])
+    need = {"build": plan.stages[0], "train": plan.stages[1], "infer": plan.rivals[0], "lora": plan.rivals[1]}[run["stage"]]
+    return need.peak + need.host, need.moment
+
+
+def prepare(run: dict, folder: Path) -> dict:
+    "The run with the directory of its model, or of the model's emulator."
+    from emloc.data import load_task
+    from emloc.emulator import build_emulator
+    from emloc.model import default_model
+    if run["model"] != "default": return run | {"folder": str(write_random(CONFIGS[run["model"]], folder, RATIO if run["stage"] == "train" else None))}
+    if run["stage"] != "train": return run | {"folder": str(default_model())}
+    emulator = folder.parent / "emulator-default"
+    if not emulator.exists(): build_emulator("default", load_task("bbc").calibration(64), emulator, ratio=RATIO)
+    return run | {"folder": str(emulator)}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--only", nargs="+", help="runs whose name holds one of these; nothing is written")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child: child(json.loads(args.child))
+    else:
+        rows = []
+        with tempfile.TemporaryDirectory() as tmp:
+            for i, run in enumerate(RUNS):
+                if args.only and not any(o in name(run) for o in args.only): continue
+                run = prepare(run, Path(tmp) / str(i))
+                (wanted, moment), got = predicted(run), measured(run)
+                rows.append({"run": name(run), "predicted_bytes": wanted, "measured_bytes": got["measured"], "ratio": wanted / got["measured"], "moment": moment})
+                print(f"{rows[-1]['run']:44} predicted {wanted / 2**20:7.0f} MiB, measured {got['measured'] / 2**20:7.0f}, ratio {rows[-1]['ratio']:.3f} ({moment})", flush=True)
+        about = machine.describe()
+        if not args.only:
+            lines = ["| run | predicted, MiB | measured, MiB | predicted / measured |", "| --- | --- | --- | --- |"]
+            lines += [f"| {r['run']} | {r['predicted_bytes'] / 2**20:.0f} | {r['measured_bytes'] / 2**20:.0f} | {r['ratio']:.2f} |" for r in rows]
+            report = {"machine": about, "rows": rows, "within_10_percent": sum(0.9 <= r["ratio"] <= 1.1 for r in rows), "markdown": "\n".join([*lines, "", f"({machine.line(about)}. Peaks above the imported libraries, each run in a process of its own.)"])}
+            (HERE / "results" / "plan.json").write_text(json.dumps(report, indent=1) + "\n")
+            print(report["markdown"])
