@@ -15,7 +15,7 @@ import machine
 import torch
 
 import emloc
-from emloc import emulator, walk
+from emloc import emulator, output, walk
 from emloc.model import dense_weight
 from emloc.rank import uniform
 from emloc.spectrum import Gram, decompose, truncate
@@ -120,8 +120,8 @@ def shares(rows, ratio: float) -> dict:
         setattr(owner, name, wrapper)
         return owner, name, own
     patched = [timed(walk.Step, "run", "forward"), timed(Gram, "add", "Gram matrices"), timed(emulator, "decompose", "decomposition"), timed(emulator, "truncate", "decomposition"),
-               timed(emulator, "finish_emulator", "input/output"), timed(emulator, "save_file", "input/output"), timed(emulator, "write_json", "input/output"),
-               timed(emulator, "finish_directory", "input/output"), timed(walk.Walk, "save", "input/output"), timed(walk, "fill", "input/output")]
+               timed(emulator, "finish_emulator", "input/output"), timed(emulator, "save_file", "input/output"), timed(output, "write_json", "input/output"),
+               timed(output, "finish_directory", "input/output"), timed(walk.Walk, "save", "input/output"), timed(walk, "fill", "input/output")]
     start = time.perf_counter()
     try:
         with tempfile.TemporaryDirectory() as out: emulator.build_emulator("default", rows, Path(out) / "emulator", ratio=ratio)

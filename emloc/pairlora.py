@@ -86,9 +86,10 @@ def register_pairs(
 
 @contextmanager
 def quiet_peft():
-    "PEFT warns of every layer that is not torch's own; ours are meant."
+    "PEFT warns of every layer that is not torch's own; ours are meant. And of a name that it uses itself."
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Unsupported layer type")
+        warnings.filterwarnings("ignore", message=".*gradient_checkpointing", category=FutureWarning) # PEFT asks transformers by its old name
         yield
 
 # %% ../nbs/14_pairlora.ipynb #e44fb427

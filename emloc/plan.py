@@ -129,7 +129,7 @@ def decomposition_bytes(
     "What `decompose` holds besides the weight and its Gram matrix: float32 copies of the weight, and of the smaller Gram with its eigenvectors."
     out, in_ = shape
     n = min(out, in_)
-    return 4 * (3 * out * in_ + 5 * n * n)
+    return 4 * (2 * out * in_ + 5 * n * n)
 
 def stage_1(
     s: Shapes,
@@ -142,9 +142,9 @@ def stage_1(
     activations, inputs = s.one_block(batch_size, seq_len)
     grams = 4 * sum(w * w for w in inputs)
     factoring = max(decomposition_bytes(shape) for shape in s.shapes.values()) + int(s.block * s.emulator_bytes(ranks) / s.bytes)
-    running = {"weights": s.dense + s.block, "activations": activations, "workspace": grams}
+    running = {"weights": s.dense + s.block, "activations": activations, "workspace": grams + RUNTIME}
     return max((Need("1 emulator", running, s.hidden(rows, seq_len), "a block runs"),
-                Need("1 emulator", {"weights": s.dense + s.block, "workspace": grams + factoring}, s.hidden(rows, seq_len), "a weight is factorised")), key=lambda n: n.peak)
+                Need("1 emulator", {"weights": s.dense + s.block, "workspace": grams + factoring + RUNTIME}, s.hidden(rows, seq_len), "a weight is factorised")), key=lambda n: n.peak)
 
 def stage_3(
     s: Shapes,
@@ -156,7 +156,7 @@ def stage_3(
 ) -> Need:
     "Correction in mode auto; the other modes and merging need less."
     out, in_ = s.largest
-    return Need("3 correct, merge", {"weights": s.dense + s.block, "lora": lora_bytes, "activations": s.one_block(batch_size, seq_len)[0], "workspace": 3 * 4 * out * in_},
+    return Need("3 correct, merge", {"weights": s.dense + s.block, "lora": lora_bytes, "activations": s.one_block(batch_size, seq_len)[0], "workspace": 3 * 4 * out * in_ + RUNTIME},
                 candidates * s.hidden(rows // 4, seq_len), "a block runs")
 
 # %% ../nbs/41_plan.ipynb #b57d8ee4

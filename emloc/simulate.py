@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 import weakref
 from collections import Counter
 from contextlib import contextmanager
@@ -93,7 +94,8 @@ def pretend(
 ):
     "Everything under this `with` is fake and counted. Raises `EmlocError` for a program that cannot run without numbers."
     # transformers asks less of fake tensors than of real ones; here they should be treated as real
-    with mock.patch("transformers.utils.import_utils.is_fake_tensor", lambda x: False, create=True), FakeTensorMode(allow_non_fake_inputs=True), ledger:
+    with mock.patch("transformers.utils.import_utils.is_fake_tensor", lambda x: False, create=True), warnings.catch_warnings(action="ignore"), \
+         FakeTensorMode(allow_non_fake_inputs=True), ledger:
         try: yield ledger
         except EmlocError: raise
         except Exception as error: raise EmlocError(f"this model cannot be simulated without its weights: {brief(error)}; measure it on real rows instead") from error
@@ -157,7 +159,7 @@ def training_peaks(
     ledger = Ledger(model.config.get_text_config().vocab_size, batch_size > 1, seq_len, workspace)
     with pretend(ledger):
         give_storage(peft, ledger, device)
-        model.config.use_cache = False
+        model.config.use_cache = model.config.get_text_config().use_cache = False
         peft.train()
         if checkpointing:
             peft.enable_input_require_grads()
