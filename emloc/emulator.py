@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from .data import EmlocError, rows_hash
 from .lowrank import EmulatorConfig, LowRankLinear
-from .model import Checkpoint, dense_weight, find_model, linear_shapes
+from .model import Checkpoint, dense_weight, find_model, give_back, linear_shapes
 from .output import Run, check_out, processes, write_json
 from .rank import uniform
 from .spectrum import Gram, Spectrum, decompose, truncate
@@ -176,6 +176,7 @@ def build_emulator(
     with Run(out, settings, resume=resume, shared=True) as run:
         for step in run.blocks("emulator", walk):
             built = build_block(step, ranks)
+            give_back()
             if not run.main: continue
             save_file(built.tensors, run.folder / block_file(step.index, len(walk)), metadata={"format": "pt"})
             save_file(built.sigmas, run.state / f"spectra-{step.index:05d}.safetensors")
