@@ -12,7 +12,6 @@ system has it; --malloc also measures with MALLOC_MMAP_THRESHOLD_ and MALLOC_TRI
 """
 import argparse
 import json
-import shutil
 from pathlib import Path
 
 import machine
@@ -73,7 +72,6 @@ def growth(bench: Bench, base):
                               out=f"emulator-{name}", rows=sizes["rows"], length=sizes["length"])
         first = first or found.get("peak_bytes")
         bench.drop(name)
-        shutil.rmtree(bench.out / f"emulator-{name}" / "nothing", ignore_errors=True)
 
 
 def compare_training(bench: Bench, title: str, name: str, model, emulator, adapter: str):

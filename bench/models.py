@@ -49,7 +49,7 @@ def write_model(
     shapes, parts = {n: p.shape for n, p in skeleton.named_parameters()}, {}
     blocks = block_names(skeleton)
     for name in shapes: parts.setdefault(next((b for b in blocks if name.startswith(b + ".")), name), []).append(name)
-    files, shard, size = {}, {}, 0
+    files, shard = {}, {}
     with new_directory(out) as folder:
         def flush():
             file = f"model-{len(set(files.values())) + 1:05d}.safetensors"

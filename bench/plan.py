@@ -53,13 +53,13 @@ def write_random(config: dict, folder: Path, ratio: float | None = None) -> Path
     from emloc.data import load_tokenizer
     from emloc.geometry import bare_model
     from emloc.lowrank import EmulatorConfig, put_pairs
-    from emloc.model import block_linears, default_model, dense_weight
+    from emloc.model import default_model, linear_shapes
     from emloc.rank import uniform
     from safetensors.torch import save_file
     from transformers import AutoConfig
     config = AutoConfig.for_model(**config, dtype="bfloat16")
     model = bare_model(config)
-    ranks = uniform({n: tuple(dense_weight(m).shape) for n, m in block_linears(model).items()}, ratio or 1)
+    ranks = uniform(linear_shapes(model), ratio or 1)
     put_pairs(model, ranks)
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)

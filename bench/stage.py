@@ -24,7 +24,6 @@ from emloc.data import bbc_rows, encode_rows, load_tokenizer
 from emloc.evaluate import open_model, sequence_losses
 from emloc.finetune import lora_config, train_lora, training_args
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM
 
 
 def texts(

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from .data import EmlocError, collator, rows_hash
-from .lowrank import emulator_config, put_pairs
+from .lowrank import check_base, emulator_config, put_pairs
 from .model import Checkpoint, block_names, find_model, skeleton
 from .output import Run, check_out, write_json
 from .walk import Walk, hidden_of
@@ -92,9 +92,8 @@ def compute_anchors(
 ) -> Path: # the directory of anchors
     "Store r = h − E(h) for the rows. Raises `EmlocError` when the emulator is another model's, or the disk too small."
     check_out(out)
-    source, whole = emulator_config(emulator), Walk(find_model(model), rows, **walk_options)
-    if source.base_fingerprint != whole.checkpoint.fingerprint():
-        raise EmlocError(f"emulator {emulator} was made from {source.base_model}, and {model} is another model; name the model that it was made from")
+    checkpoint = Checkpoint(find_model(model))
+    source, whole = check_base(emulator, checkpoint, model), Walk(checkpoint, rows, **walk_options)
     small = emulator_walk(emulator, whole.rows, **walk_options)
     blocks, hidden = anchored_blocks(len(whole), every), whole.model.get_input_embeddings().weight.shape[1]
     settings = {"emulator": small.checkpoint.fingerprint(), "rows": rows_hash(whole.rows), "every": every, "stored": stored, "batch_size": whole.batch_size}

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from contextlib import nullcontext, redirect_stdout
@@ -23,11 +22,12 @@ from .data import EmlocError, load_task
 from .demo import run_demo
 from .emulator import build_emulator, collect_spectra
 from .evaluate import evaluate_task
-from .finetune import lora_config, train_adapter, training_args
+from .finetune import train_adapter, training_args
 from .lowrank import emulator_config
 from .merge import merge_adapter
 from .model import Checkpoint, find_model
 from .output import check_out, processes, write_json
+from .pairlora import lora_config
 from .plan import Plan, plan_memory
 from .polish import polish_adapter
 from .rank import by_spectrum, check_ratio
@@ -45,8 +45,8 @@ def emulate(args) -> dict:
     fitted = fitting(args) if args.budget else None
     args.ratio = fitted.ratio if fitted else check_ratio(0.25 if args.ratio is None else args.ratio)
     check_out(args.out)
-    with processes().main_process_first(): find_model(args.model), load_task(args.task) # so that one process fetches them
-    calibration = load_task(args.task).calibration(args.rows, args.seed)
+    with processes().main_process_first(): whole, task = Checkpoint(find_model(args.model)), load_task(args.task) # so that one process fetches them
+    calibration = task.calibration(args.rows, args.seed)
     print(f"emulator of {args.model} at ratio {args.ratio:g}, from {len(calibration)} rows of {args.task}")
     walk = {"batch_size": args.batch_size, "max_length": args.max_length, "device": args.device}
     if args.ranks == "spectrum":
@@ -54,8 +54,8 @@ def emulate(args) -> dict:
         choice = {"ranks": by_spectrum(spectra, shapes, args.ratio)}
     else: choice = {"plan": fitted} if fitted else {"ratio": args.ratio}
     out = build_emulator(args.model, calibration, args.out, resume=not args.restart, **choice, **walk)
-    size, whole = Checkpoint(out).nbytes, Checkpoint(find_model(args.model)).nbytes
-    return {"emulator": str(out), "emulator_bytes": size, "model_bytes": whole, "share": size / whole}
+    size = Checkpoint(out).nbytes
+    return {"emulator": str(out), "emulator_bytes": size, "model_bytes": whole.nbytes, "share": size / whole.nbytes}
 
 def finetune(args) -> dict:
     "Stage 2: train a LoRA on EMULATOR with the training rows of TASK."

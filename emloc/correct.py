@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from .adapter import Adapter, check_shapes, read_adapter, write_adapter
 from .data import EmlocError, encode_rows, load_tokenizer, rows_hash
-from .lowrank import emulator_config, emulator_weight
+from .lowrank import check_base, emulator_weight
 from .model import Checkpoint, Conv1D, block_linears, find_model, linear_shapes, skeleton
 from .output import Run, check_out, file_hash
 from .spectrum import Gram
@@ -92,9 +92,7 @@ def check_family(
     "Adapter, emulator and model belong together. Raises `EmlocError` otherwise, and for an adapter that is corrected already."
     if "correction" in adapter.info:
         raise EmlocError(f"this adapter was corrected already (mode {adapter.info['correction']['mode']}); correct the raw adapter that stage 2 wrote")
-    source = emulator_config(emulator)
-    if source.base_fingerprint != checkpoint.fingerprint():
-        raise EmlocError(f"emulator {emulator} was made from {source.base_model}, and {checkpoint.path} is another model; name the model that it was made from")
+    source = check_base(emulator, checkpoint, checkpoint.path)
     trained = adapter.info.get("model_fingerprint")
     if trained and trained != source.base_fingerprint:
         raise EmlocError(f"the adapter was trained on an emulator of {adapter.info['model']}, another model than {source.base_model}; use the emulator that it was trained on")
@@ -229,7 +227,7 @@ def correct_adapter(
     check_out(out)
     raw, checkpoint = read_adapter(adapter), Checkpoint(find_model(model))
     check_family(raw, emulator, checkpoint)
-    pieces, candidates, record = Pieces(raw, emulator, checkpoint), [(mode, strength)], {"asked": mode, "limit": limit}
+    pieces, done, record = Pieces(raw, emulator, checkpoint), mode, {"asked": mode, "limit": limit}
     if mode in ("gram", "auto"): calibration, held_out = looked_at(mode, calibration, held_out, load_tokenizer(checkpoint.path), walk_options.get("max_length", 512))
     else: calibration = held_out = None
     settings = {"adapter": file_hash(Path(adapter) / "adapter_model.safetensors"), "mode": mode, "limit": limit, "strength": strength, "emulator": pieces.emulator.fingerprint(),
@@ -238,8 +236,8 @@ def correct_adapter(
         if calibration: project_inputs(pieces, calibration, run, **walk_options)
         if mode == "auto":
             record["candidates"] = judge(pieces, CANDIDATES, held_out, limit, run, **walk_options)
-            candidates = [(choose(record["candidates"])["mode"], choose(record["candidates"])["strength"])]
-        done, strength = candidates[0]
+            best = choose(record["candidates"])
+            done, strength = best["mode"], best["strength"]
         pairs = {}
         for module in tqdm(raw.pairs, desc=f"correct: {done}", unit="layer"):
             pairs[module] = (pieces.pairs[module][0], strength * pieces.corrected(module, [done], limit)[0])

@@ -19,10 +19,11 @@ from .data import Task, load_task, load_tokenizer
 from .emulator import build_emulator
 from .evaluate import evaluate_task
 from .explore import score_figure
-from .finetune import train_adapter, train_lora, training_args, wrap
+from .finetune import train_adapter, train_lora, training_args
 from .memory import measure
 from .model import Checkpoint, default_model
 from .output import check_out, check_same, new_directory, partial_of, write_json
+from .pairlora import wrap
 from .polish import polish_adapter
 
 # %% auto #0

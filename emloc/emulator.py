@@ -55,12 +55,10 @@ def divide(
     shapes: dict, # {name: (out, in)}
     parts: int, # processes
 ) -> list: # names of each part
-    "Weights to factorise, spread so that every part costs about the same (the cube of the smaller side)."
-    shares = [[0, []] for _ in range(parts)]
-    for name in sorted(shapes, key=lambda n: -min(shapes[n]) ** 2 * max(shapes[n])):
-        least = min(shares, key=lambda s: s[0])
-        least[0], least[1] = least[0] + min(shapes[name]) ** 2 * max(shapes[name]), [*least[1], name]
-    return [names for _, names in shares]
+    "Weights to factorise, spread so that every part costs about the same (the smaller side squared, times the larger)."
+    costs, shares = {n: min(shape) ** 2 * max(shape) for n, shape in shapes.items()}, [[] for _ in range(parts)]
+    for name in sorted(costs, key=costs.get, reverse=True): min(shares, key=lambda names: sum(map(costs.get, names))).append(name)
+    return shares
 
 # %% ../nbs/12_emulator.ipynb #c6368610
 @dataclass

@@ -15,7 +15,7 @@ from .adapter import read_adapter
 from .correct import Pieces
 from .data import EmlocError, Task, brief, collator, encode_row, load_tokenizer
 from .lowrank import is_emulator, load_emulator
-from .finetune import load_adapter
+from .pairlora import load_adapter
 from .model import Checkpoint, find_model
 from .spectrum import Gram
 from .walk import Walk, completion_losses, keep_last

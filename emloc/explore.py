@@ -165,12 +165,13 @@ def plan_figure(
     plan, # a Plan of plan_memory
 ) -> Figure:
     "What each stage and each of its rivals holds, by kind, against the budget."
-    needs, kinds = [*plan.stages, *plan.rivals], {"weights": BLUE, "lora": PINK, "optimizer": PINK, "gradients": PINK, "activations": ORANGE, "logits": GREEN, "workspace": GREY}
+    needs, lora = [*plan.stages, *plan.rivals], ("lora", "optimizer", "gradients")
+    groups = {"weights": (BLUE, ("weights",)), "LoRA and optimizer": (PINK, lora), "activations": (ORANGE, ("activations",)), "logits": (GREEN, ("logits",)), "workspace": (GREY, ("workspace",))}
     figure, ax = plt.subplots(figsize=(8, 0.8 + 0.4 * len(needs)))
     left = [0.0] * len(needs)
-    for label, group in (("weights", ["weights"]), ("LoRA and optimizer", ["lora", "optimizer", "gradients"]), ("activations", ["activations"]), ("logits", ["logits"]), ("workspace", ["workspace"])):
-        sizes = [sum(n.parts.get(k, 0) for k in group) / 2**30 for n in needs]
-        ax.barh(range(len(needs)), sizes, left=left, color=kinds[group[0]], label=label)
+    for label, (colour, kinds) in groups.items():
+        sizes = [sum(n.parts.get(k, 0) for k in kinds) / 2**30 for n in needs]
+        ax.barh(range(len(needs)), sizes, left=left, color=colour, label=label)
         left = [a + b for a, b in zip(left, sizes)]
     for i, total in enumerate(left): ax.text(total, i, f" {total:.1f}", va="center", fontsize=8)
     if plan.budget: ax.axvline(plan.budget / 2**30, color=RED, linestyle="--", label="budget")

@@ -145,7 +145,7 @@ def train_adapter(
     if opened: opened.check(emulator, train)
     folder = Path(args.output_dir)
     last = pick_up(folder, training_settings(emulator, train, model, args, opened), resume)
-    run = train_lora(model, train, args, tokenizer=tokenizer, resume=last, anchors=opened, **trainer)
+    train_lora(model, train, args, tokenizer=tokenizer, resume=last, anchors=opened, **trainer)
     if team.is_main_process:
         with new_directory(out) as partial: save_raw(model, partial, Path(emulator), source, opened)
         (folder / NOTE).unlink(missing_ok=True)

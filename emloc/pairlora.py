@@ -15,10 +15,10 @@ from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 from transformers import PreTrainedModel
 
-from .adapter import check_lora, check_shapes, read_adapter, resolve_targets
+from .adapter import PREFIX, check_lora, check_shapes, read_adapter, resolve_targets
 from .data import EmlocError
 from .lowrank import LowRankLinear
-from .model import block_linears, dense_weight
+from .model import block_linears, dense_weight, linear_shapes
 
 # %% auto #0
 __all__ = ['PairWithLora', 'pair_with_lora', 'LowRankLora', 'register_pairs', 'quiet_peft', 'pair_names', 'lora_config', 'wrap',
@@ -131,13 +131,13 @@ def load_adapter(
     if source and trained and source != trained:
         raise EmlocError(f"adapter {path} belongs to {adapter.info['model']}, and this is an emulator of another model")
     shapes = {n: (m.out_features, m.in_features) for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
-    shapes |= {n: tuple(dense_weight(m).shape) for n, m in (block_linears(model) if len(shapes) == 0 else {}).items()}
+    shapes = shapes or linear_shapes(model)
     for n in set(adapter.pairs) - set(shapes):
         module = dict(model.named_modules()).get(n)
         if getattr(module, "weight", None) is not None: shapes[n] = tuple(dense_weight(module).shape)
     check_shapes(adapter, shapes, f"this {type(model).__name__}")
     adapter.config.inference_mode = not trainable
     with quiet_peft(): wrapped = PeftModel.from_pretrained(model, path, config=register_pairs(adapter.config), is_trainable=trainable)
-    loaded = {n.removeprefix("base_model.model.").removesuffix(".lora_A.default") for n, _ in wrapped.named_modules() if n.endswith(".lora_A.default")}
+    loaded = {n.removeprefix(PREFIX).removesuffix(".lora_A.default") for n, _ in wrapped.named_modules() if n.endswith(".lora_A.default")}
     if set(adapter.pairs) - loaded: raise EmlocError(f"adapter {path}: {sorted(set(adapter.pairs) - loaded)[0]} found no place in the model")
     return wrapped

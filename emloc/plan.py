@@ -8,19 +8,20 @@ from __future__ import annotations
 import re
 from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 
 from .data import EmlocError
 from .geometry import bare_model, find_config, n_bytes
 from .lowrank import put_pairs
-from .model import block_linears, block_names, dense_weight, linear_shapes
+from .model import block_linears, block_names, linear_shapes
 from .rank import check_ratio, uniform
 from .simulate import block_inputs, extrapolate, highest, inference_peaks, main_blocks, shorten, training_peaks
 
 # %% auto #0
-__all__ = ['UNITS', 'KINDS', 'RUNTIME', 'parse_bytes', 'Need', 'Plan', 'Shapes', 'decomposition_bytes', 'stage_1', 'stage_3',
-           'training', 'quantised', 'whole_model', 'fit_ratio', 'plan_memory', 'advise']
+__all__ = ['UNITS', 'KINDS', 'RUNTIME', 'LEAST', 'parse_bytes', 'Need', 'Plan', 'Shapes', 'decomposition_bytes', 'stage_1',
+           'stage_3', 'training', 'quantised', 'whole_model', 'fit_ratio', 'plan_memory', 'advise']
 
 # %% ../nbs/41_plan.ipynb #f0950aef
 UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -77,11 +78,11 @@ class Plan:
 
     def __repr__(self):
         gib = lambda b: f"{b / 2**30:10.2f}" if b else f"{'':10}"
-        s, columns = self.settings, {"peak": 0, **dict.fromkeys(KINDS)}
+        s = self.settings
         lines = [f"{self.model}: {self.model_bytes / 2**30:.2f} GiB; emulator of ratio {self.ratio:.3f}: {self.emulator_bytes / 2**30:.2f} GiB"
                  + (f"; budget {self.budget / 2**30:.2f} GiB" if self.budget else ""),
                  f"{s['batch_size']} rows of {s['seq_len']} tokens, LoRA of rank {s['lora_rank']}, {'with' if s['checkpointing'] else 'no'} activation checkpointing; sizes in GiB", "",
-                 f"{'':38}" + "".join(f"{c:>12}" if c in ("activations", "optimizer") else f"{c:>10}" for c in columns) + f"{'CPU memory':>12}"]
+                 f"{'':38}" + "".join(f"{c:>12}" if c in ("activations", "optimizer") else f"{c:>10}" for c in ("peak", *KINDS)) + f"{'CPU memory':>12}"]
         for title, needs in (("EMLoC", self.stages), ("instead", self.rivals)):
             lines.append(title)
             for n in needs:
@@ -97,10 +98,10 @@ class Shapes:
     def __init__(self, model):
         self.config, self.dtype = find_config(model)
         whole = self.whole()
-        self.main, self.names, self.shapes, self.bytes = len(main_blocks(whole)), block_names(whole), linear_shapes(whole), n_bytes(whole)
+        self.main, self.shapes, self.bytes = len(main_blocks(whole)), linear_shapes(whole), n_bytes(whole)
         self.width, self.item = whole.get_input_embeddings().weight.shape[1], torch.empty(0, dtype=self.dtype).element_size()
-        self.block = max(n_bytes(whole.get_submodule(n)) for n in self.names)
-        self.dense = self.bytes - sum(n_bytes(whole.get_submodule(n)) for n in self.names)
+        blocks = [n_bytes(whole.get_submodule(n)) for n in block_names(whole)]
+        self.block, self.dense = max(blocks), self.bytes - sum(blocks)
         self.largest = max(self.shapes.values(), key=lambda s: s[0] * s[1])
 
     def whole(self, blocks: int | None = None): # a skeleton, perhaps with fewer blocks
@@ -134,30 +135,28 @@ def decomposition_bytes(
 def stage_1(
     s: Shapes,
     ranks: dict, # of the emulator
-    rows: int, # of calibration
-    batch_size: int, # rows that go through a block together
-    seq_len: int, # tokens
+    activations: int, # bytes of a block in inference
+    inputs: list, # widths of a block's distinct inputs
+    hidden: int, # bytes of the hidden states that wait
 ) -> Need:
     "Building the emulator."
-    activations, inputs = s.one_block(batch_size, seq_len)
     grams = 4 * sum(w * w for w in inputs)
     factoring = max(decomposition_bytes(shape) for shape in s.shapes.values()) + int(s.block * s.emulator_bytes(ranks) / s.bytes)
     running = {"weights": s.dense + s.block, "activations": activations, "workspace": grams + RUNTIME}
-    return max((Need("1 emulator", running, s.hidden(rows, seq_len), "a block runs"),
-                Need("1 emulator", {"weights": s.dense + s.block, "workspace": grams + factoring + RUNTIME}, s.hidden(rows, seq_len), "a weight is factorised")), key=lambda n: n.peak)
+    return max((Need("1 emulator", running, hidden, "a block runs"),
+                Need("1 emulator", {"weights": s.dense + s.block, "workspace": grams + factoring + RUNTIME}, hidden, "a weight is factorised")), key=lambda n: n.peak)
 
 def stage_3(
     s: Shapes,
     lora_bytes: int, # of the pairs
-    rows: int, # that are looked at
-    batch_size: int,
-    seq_len: int, # tokens
+    activations: int, # bytes of a block in inference
+    hidden: int, # bytes of the hidden states of the rows that are judged
     candidates: int = 8, # of mode auto: each has hidden states
 ) -> Need:
     "Correction in mode auto; the other modes and merging need less."
     out, in_ = s.largest
-    return Need("3 correct, merge", {"weights": s.dense + s.block, "lora": lora_bytes, "activations": s.one_block(batch_size, seq_len)[0], "workspace": 3 * 4 * out * in_ + RUNTIME},
-                candidates * s.hidden(rows // 4, seq_len), "a block runs")
+    return Need("3 correct, merge", {"weights": s.dense + s.block, "lora": lora_bytes, "activations": activations, "workspace": 3 * 4 * out * in_ + RUNTIME},
+                candidates * hidden, "a block runs")
 
 # %% ../nbs/41_plan.ipynb #b57d8ee4
 def training(
@@ -188,17 +187,18 @@ def whole_model(s: Shapes, settings: dict) -> list: # Needs
     return [Need("inference of the whole model", parts, 0, moment), lora, quantised(lora, s)]
 
 # %% ../nbs/41_plan.ipynb #777b0948
+LEAST = 0.02 # the ratio of an emulator below which it teaches nothing
+
 def fit_ratio(
     peak, # function (ratio) -> bytes
     budget: int, # bytes
-    least: float = 0.02, # a smaller emulator teaches nothing
 ) -> float | None: # the largest ratio that fits, to a thousandth; None if not even the least does
     "The largest ratio whose peak is within the budget."
-    low, high = peak(least), peak(0.5)
+    low, high = peak(LEAST), peak(0.5)
     if low > budget: return None
-    slope = (high - low) / (0.5 - least)
-    ratio = min(1.0, int(1000 * (least + (budget - low) / max(slope, 1))) / 1000)
-    while ratio > least and peak(ratio) > budget: ratio = max(least, ratio - max(0.002, (peak(ratio) - budget) / max(slope, 1)))
+    slope = max((high - low) / (0.5 - LEAST), 1)
+    ratio = min(1.0, int(1000 * (LEAST + (budget - low) / slope)) / 1000)
+    while ratio > LEAST and (over := peak(ratio) - budget) > 0: ratio = max(LEAST, ratio - max(0.002, over / slope))
     return ratio
 
 def plan_memory(
@@ -218,20 +218,23 @@ def plan_memory(
     budget, s = None if budget is None else parse_bytes(budget), Shapes(model)
     if min(batch_size, seq_len, rows) < 1: raise EmlocError(f"batch size {batch_size}, length {seq_len}, rows {rows}: each must be at least 1")
     settings = {"batch_size": batch_size, "seq_len": seq_len, "completion": completion, "checkpointing": checkpointing, "lora": lora}
-    stage_2 = lambda ranks, **other: training(s, "2 LoRA on the emulator", lambda blocks: s.emulator(ranks, blocks), settings | other)
-    if ratio is None: chosen = fit_ratio(lambda r: stage_2(uniform(s.shapes, r)).peak, budget) if budget else 0.25
-    else: chosen = check_ratio(ratio)
-    ranks = uniform(s.shapes, chosen or 0.25)
-    second = stage_2(ranks)
-    stages = [stage_1(s, ranks, rows, min(walk_batch, rows), seq_len), second, stage_3(s, int(second.parts.get("lora", 0)), rows // 2, min(walk_batch, rows), seq_len)]
-    plan = Plan(str(model), chosen or 0.25, ranks, stages, whole_model(s, settings), {k: v for k, v in settings.items() if k != "lora"} | {"lora_rank": lora.r if lora else 8, "calibration_rows": rows},
+    @cache # the search, the plan and the advice ask for the same ratios
+    def stage_2(ratio, **other):
+        ranks = uniform(s.shapes, ratio)
+        return training(s, "2 LoRA on the emulator", lambda blocks: s.emulator(ranks, blocks), settings | other)
+    if ratio is not None: check_ratio(ratio)
+    elif budget: ratio = fit_ratio(lambda r: stage_2(r).peak, budget)
+    ratio = ratio or 0.25
+    ranks, second, (activations, inputs) = uniform(s.shapes, ratio), stage_2(ratio), s.one_block(min(walk_batch, rows), seq_len)
+    stages = [stage_1(s, ranks, activations, inputs, s.hidden(rows, seq_len)), second, stage_3(s, int(second.parts.get("lora", 0)), activations, s.hidden(rows // 8, seq_len))]
+    plan = Plan(str(model), ratio, ranks, stages, whole_model(s, settings), {k: v for k, v in settings.items() if k != "lora"} | {"lora_rank": lora.r if lora else 8, "calibration_rows": rows},
                 s.bytes, s.emulator_bytes(ranks), budget)
     if not plan.fits: plan.advice = advise(plan, s, settings, stage_2)
     return plan
 
 def advise(plan: Plan, s: Shapes, settings: dict, stage_2) -> list: # lines
     "What would fit, where this does not."
-    lines, least = [], uniform(s.shapes, 0.02)
+    lines = []
     for need in plan.stages:
         if need.fits(plan.budget): continue
         lines.append(f"{need.name} does not fit: it needs {need.peak / 2**30:.2f} GiB of {plan.budget / 2**30:.2f}.")
@@ -241,8 +244,8 @@ def advise(plan: Plan, s: Shapes, settings: dict, stage_2) -> list: # lines
         tries = {"activation checkpointing": {"checkpointing": True}, "a batch of 1": {"batch_size": 1, "checkpointing": True},
                  f"{settings['seq_len'] // 4} tokens": {"batch_size": 1, "checkpointing": True, "seq_len": max(1, settings["seq_len"] // 4)}}
         for name, other in tries.items():
-            found = stage_2(plan.ranks, **other).peak
+            found = stage_2(plan.ratio, **other).peak
             if found <= plan.budget: lines.append(f"  With {name} it needs {found / 2**30:.2f} GiB and fits.")
-        smallest = stage_2(least).peak
-        lines.append(f"  The smallest useful emulator (ratio 0.02) needs {smallest / 2**30:.2f} GiB" + ("; take a smaller --ratio." if smallest <= plan.budget else ", which does not fit either."))
+        smallest = stage_2(LEAST).peak
+        lines.append(f"  The smallest useful emulator (ratio {LEAST}) needs {smallest / 2**30:.2f} GiB" + ("; take a smaller --ratio." if smallest <= plan.budget else ", which does not fit either."))
     return lines

@@ -20,14 +20,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from .data import EmlocError, brief
-from .pairlora import lora_config, wrap
-from .lowrank import put_pairs
+from .pairlora import wrap
 from .model import block_names, linears
 from .walk import bare, hidden_of
 
 # %% auto #0
 __all__ = ['ATEN', 'Ledger', 'everything', 'pretend', 'give_storage', 'moments', 'training_peaks', 'optimizer_states',
-           'fake_batch', 'main_blocks', 'shorten', 'extrapolate', 'highest', 'inference_peaks', 'block_inputs']
+           'fake_batch', 'fake_prompt', 'main_blocks', 'shorten', 'extrapolate', 'highest', 'inference_peaks',
+           'block_inputs']
 
 # %% ../nbs/39_simulate.ipynb #23bf1ee7
 ATEN = torch.ops.aten
@@ -199,6 +199,10 @@ def fake_batch(model, batch_size: int, seq_len: int, completion: int | None, dev
     batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": torch.zeros_like(ids)[:, -kept:]}
     return batch | ({"logits_to_keep": torch.arange(seq_len - kept, seq_len, device=device)} if kept < seq_len else {})
 
+def fake_prompt(model, batch_size: int, seq_len: int, device: str = "cpu") -> dict:
+    "The same without anything to learn."
+    return {k: v for k, v in fake_batch(model, batch_size, seq_len, 1, device).items() if k in ("input_ids", "attention_mask")}
+
 # %% ../nbs/39_simulate.ipynb #06c30c2f
 def main_blocks(
     model: nn.Module, # a model or skeleton
@@ -256,8 +260,7 @@ def inference_peaks(
     blocks = [model.get_submodule(n) for n in main_blocks(model)]
     with pretend(ledger), torch.no_grad():
         give_storage(model.requires_grad_(False).eval(), ledger, device)
-        batch = fake_batch(model, batch_size, seq_len, 1, device)
-        for name in ("labels", "logits_to_keep"): batch.pop(name, None)
+        batch = fake_prompt(model, batch_size, seq_len, device)
         last = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
         with moments(ledger, blocks): model(**batch, **last, use_cache=True)
     return ledger.peaks
@@ -275,8 +278,6 @@ def block_inputs(
     handles = [m.register_forward_pre_hook(hook) for m in linears(model.get_submodule(main_blocks(model)[0])).values()]
     with pretend(ledger), torch.no_grad():
         give_storage(model.requires_grad_(False).eval(), ledger)
-        batch = fake_batch(model, batch_size, seq_len, 1)
-        for name in ("labels", "logits_to_keep"): batch.pop(name, None)
-        model(**batch, use_cache=False)
+        model(**fake_prompt(model, batch_size, seq_len), use_cache=False)
     for handle in handles: handle.remove()
     return [x.shape[-1] for x in seen]

@@ -87,7 +87,7 @@ class Gram:
 
     def double(self) -> "Gram":
         "The same sum in float64."
-        other = Gram(len(self._sum), torch.float64, self._sum.device)
+        other = Gram(0, torch.float64, self._sum.device)
         other.matrix, other.count = self.matrix.double(), self.count
         return other
 

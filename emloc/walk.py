@@ -111,9 +111,9 @@ class Walk:
         self.names = block_names(self.model)
         self.blocks = [self.model.get_submodule(n) for n in self.names]
         # a head of its own is only needed after the last block, and stage 1 never gets there
-        head = next((n for n, m in self.model.named_modules() if m is self.model.get_output_embeddings()), None)
-        self.late = head if head and self.model.get_output_embeddings().weight is not self.model.get_input_embeddings().weight else None
-        fill(self.model, self.checkpoint, skip=[*self.names, *filter(None, [self.late])], device=self.device)
+        head = self.model.get_output_embeddings()
+        self.late = [n for n, m in self.model.named_modules() if m is head and m.weight is not self.model.get_input_embeddings().weight]
+        fill(self.model, self.checkpoint, skip=[*self.names, *self.late], device=self.device)
         self.model.tie_weights()
         self.start, self.tuples, self.mask = 0, {}, None
 
@@ -161,9 +161,7 @@ class Walk:
     ): # the hidden state after the block, or the model's output
         "The model's own forward on one batch, with only one block real. Gradients flow from the result to what goes in."
         batch = {k: v.to(self.device) for k, v in self.batches[number].items() if k != "labels"}
-        if self.late and index == len(self):
-            fill(self.model, self.checkpoint, self.late, device=self.device)
-            self.late = None
+        while self.late and index == len(self): fill(self.model, self.checkpoint, self.late.pop(), device=self.device)
         self.mask, found = batch["attention_mask"].bool(), []
         def call(i, own, args, kwargs):
             if i == index:
