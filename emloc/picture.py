@@ -14,12 +14,12 @@ WIDTH, HEIGHT = 300, 300 # of one stage
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'GREY', 'WIDTH', 'HEIGHT', 'CAPTION', 'STYLE', 'text', 'box', 'arrow', 'blocks', 'frame',
            'emulator_stage', 'finetune_stage', 'correct_stage', 'at', 'svg', 'wide_picture', 'narrow_picture']
 
-# %% ../nbs/66_picture.ipynb #16be969e
+# %% ../nbs/66_picture.ipynb #923be516
 def text(
     x: float,
     y: float, # of the base line
     words: str,
-    size: int = 14,
+    size: int = 15,
     anchor: str = "middle", # or start, end
     style: str = "", # more attributes
 ) -> str:
@@ -50,7 +50,7 @@ def arrow(
     head = f'<path d="M-9,-5 L0,0 L-9,5 Z" fill="{colour}" transform="translate({x1} {y1}) rotate({turn})"/>'
     return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="1.8"/>{head}'
 
-# %% ../nbs/66_picture.ipynb #6fa66adb
+# %% ../nbs/66_picture.ipynb #04f90d7d
 def blocks(
     y: float,
     colour: str,
@@ -70,7 +70,7 @@ def frame(
     "One stage: its title, its drawing, what is in memory and the command."
     outline = f'<rect width="{WIDTH}" height="{HEIGHT}" rx="12" fill="{colour}" fill-opacity="0.06" stroke="{colour}" stroke-width="2"/>'
     parts = [outline, text(WIDTH / 2, 30, title, 18, style='font-weight="700"'), body, text(WIDTH / 2, 203, "in memory at once", 13, style='opacity="0.75"'),
-             text(WIDTH / 2, 256, memory), text(WIDTH / 2, 284, command, 14, style='font-family="monospace"')]
+             text(WIDTH / 2, 256, memory), text(WIDTH / 2, 284, command, 15, style='font-family="monospace"')]
     return "".join(parts)
 
 def emulator_stage() -> str:
@@ -82,7 +82,7 @@ def emulator_stage() -> str:
 def finetune_stage() -> str:
     "Stage 2: a LoRA beside the factors is trained as usual."
     body = (box(36, 58, 24, 84, BLUE, "U") + box(66, 58, 64, 24, BLUE, "V") + text(152, 105, "+", 20)
-            + box(176, 58, 20, 84, ORANGE, "B", 0.6) + box(202, 58, 64, 20, ORANGE, "A", 0.6) + text(150, 172, "ordinary LoRA training: loss, gradient, step"))
+            + box(176, 58, 20, 84, ORANGE, "B", 0.6) + box(202, 58, 64, 20, ORANGE, "A", 0.6) + text(150, 172, "ordinary LoRA training"))
     return frame("2  Fine-tune", "emloc finetune", "the emulator, LoRA, activations", body + blocks(214, BLUE, 8, 10), ORANGE)
 
 def correct_stage() -> str:
@@ -91,7 +91,7 @@ def correct_stage() -> str:
             + text(150, 172, "B′ = B − D Aᵀ / s   with   D = W − U V"))
     return frame("3  Correct", "emloc correct, emloc merge", "one block of the model", body + blocks(214, BLUE, 1), GREEN)
 
-# %% ../nbs/66_picture.ipynb #f8605589
+# %% ../nbs/66_picture.ipynb #c77c36ec
 CAPTION = ("EMLoC in one picture: the model on disk is read block by block to make a small emulator; a LoRA is trained on the emulator with the task's rows; "
            "the LoRA is corrected for the model, again block by block, and becomes an ordinary adapter of the model.")
 STYLE = 'xmlns="http://www.w3.org/2000/svg" role="img" font-family="inherit, system-ui, sans-serif" style="max-width: 100%; height: auto"'
@@ -106,16 +106,17 @@ def svg(width: float, height: float, parts: list) -> str:
 
 def wide_picture() -> str:
     "The three stages side by side."
-    xs, top, bottom = (10, 420, 830), 120, 120 + HEIGHT
+    xs, top, bottom = (10, 400, 790), 130, 130 + HEIGHT
     stages = [at(x, top, draw()) for x, draw in zip(xs, (emulator_stage, finetune_stage, correct_stage))]
-    model = box(10, 10, 1120, 46, BLUE, "the model, on disk: read one block at a time", 0.15)
-    rows = box(10, bottom + 64, 1120, 46, GREY, "rows of the task: prompts and completions", 0.15)
-    down = arrow((160, 56), (160, top)) + arrow((980, 56), (980, top)) + text(570, 96, "the model is not needed here", style='font-style="italic" opacity="0.75"')
+    model = box(10, 10, 850, 56, BLUE, "the model, on disk: read one block at a time", 0.15)
+    rows = box(10, bottom + 64, 1080, 46, GREY, "rows of the task: prompts and completions", 0.15)
+    down = arrow((160, 66), (160, top)) + arrow((825, 66), (825, top)) + text(550, 102, "the model is not needed here", style='font-style="italic" opacity="0.75"')
     up = "".join(arrow((x, bottom + 64), (x, bottom)) + text(x + 14, bottom + 38, words, anchor="start")
-                 for x, words in zip((160, 570, 980), ("a few, to calibrate", "all, to train", "a few, held out")))
-    across = arrow((310, 270), (420, 270)) + arrow((720, 270), (830, 270)) + text(365, 258, "emulator") + text(775, 240, "LoRA of the") + text(775, 258, "emulator")
-    out = arrow((1130, 270), (1190, 270)) + box(1190, 214, 170, 112, GREEN, "", 0.15) + text(1275, 248, "an adapter", 16, style='font-weight="700"')
-    return svg(1370, bottom + 120, [model, rows, down, up, across, *stages, out, text(1275, 274, "of the model itself:"), text(1275, 296, "PEFT, or merged")])
+                 for x, words in zip((160, 550, 940), ("a few, to calibrate", "all, to train", "a few, held out")))
+    across = arrow((310, 278), (400, 278)) + arrow((700, 278), (790, 278)) + text(355, 266, "emulator") + text(745, 266, "its LoRA")
+    out = (box(880, 10, 210, 56, GREEN, "", 0.15) + arrow((985, top), (985, 66), colour=GREEN) + text(985, 34, "an adapter of the model", 15, style='font-weight="700"')
+           + text(985, 55, "load with PEFT, or merge"))
+    return svg(1100, bottom + 120, [model, rows, down, up, across, *stages, out])
 
 def narrow_picture() -> str:
     "The three stages under each other."
