@@ -80,3 +80,11 @@ def stages(request, make_stages): return make_stages(request.param)
 
 @pytest.fixture(scope="session")
 def llama_stages(make_stages): return make_stages("llama")
+
+@pytest.fixture(scope="session")
+def site(tmp_path_factory) -> SimpleNamespace:
+    "The documentation, built once from a copy of the notebooks with a probe among the lessons: folder, root, report."
+    from docs_tree import copy_tree
+    from emloc.site import build_site
+    root, folder = copy_tree(tmp_path_factory.mktemp("docs-tree")), tmp_path_factory.mktemp("docs") / "site"
+    return SimpleNamespace(root=root, folder=folder, report=build_site(folder, root))
