@@ -1,0 +1,121 @@
+"""The documentation in a real browser: it can be walked, searched and read, at desktop and phone widths, and asks no other host."""
+import threading
+
+import pytest
+from browser import launch
+
+from emloc.site import notebooks, serve_site
+
+SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
+
+
+@pytest.fixture(scope="module")
+def chrome():
+    with launch() as browser: yield browser
+
+
+@pytest.fixture(scope="module")
+def address(chrome, site):
+    server = serve_site(site.folder, 0)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}/"
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture(params=SIZES)
+def size(request) -> str: return request.param
+
+
+@pytest.fixture
+def page(chrome, address, size):
+    "A page whose requests to other hosts, failed requests and script errors fail the test."
+    width, height = SIZES[size]
+    page, wrong = chrome.new_page(viewport={"width": width, "height": height}), []
+    page.on("request", lambda r: None if r.url.startswith((address, "data:", "blob:")) else wrong.append(f"asks {r.url}"))
+    page.on("response", lambda r: wrong.append(f"{r.status} {r.url}") if r.status >= 400 else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    yield page
+    page.close()
+    assert not wrong
+
+
+def test_navigation(page, address, size):
+    page.goto(address)
+    assert page.locator("h1").inner_text() == "emloc"
+    if size == "phone": page.locator(".quarto-btn-toggle").first.click()
+    page.locator("#quarto-sidebar").get_by_role("link", name="spectrum", exact=True).click()
+    page.wait_for_url("**/10_spectrum.html")
+    assert page.locator("h1").inner_text() == "spectrum"
+    page.locator(".nav-page-next a").click()
+    page.wait_for_url("**/11_rank.html")
+
+
+def test_search_finds_a_term_and_goes_there(page, address, size):
+    page.goto(address + "benchmarks.html")
+    if size == "phone": page.locator(".navbar-toggler").click()
+    box = page.locator(".smalldocs-search:visible input")
+    box.fill("Gram matrix")
+    hit = page.locator(".smalldocs-search-results.show a", has_text="spectrum").first
+    hit.wait_for()
+    hit.click()
+    page.wait_for_url("**spectrum.html**")
+    assert "Gram matrix" in page.locator("main").inner_text()
+
+
+def test_reference(page, address):
+    page.goto(address + "api/index.html")
+    page.get_by_role("link", name="build_emulator", exact=True).click()
+    page.wait_for_url("**/api/emulator.html#build_emulator")
+    section = page.locator("section#build_emulator, section:has(> #build_emulator)").first
+    assert "calibration" in section.inner_text() and "ratio" in section.inner_text()
+
+
+def test_a_name_in_the_text_leads_to_the_reference(page, address):
+    page.goto(address + "tutorials/99_probe.html")
+    page.locator("main").get_by_role("link", name="build_emulator", exact=True).click()
+    page.wait_for_url("**/api/emulator.html#build_emulator")
+
+
+def test_pictures_load(page, address):
+    for path in ("index.html", "10_spectrum.html", "tutorials/01_three_stages.html"):
+        page.goto(address + path)
+        pictures = page.locator("main img")
+        assert pictures.count() and all(pictures.evaluate_all("found => found.map(p => p.complete && p.naturalWidth > 0)"))
+
+
+def test_the_method_in_one_picture(page, address, size):
+    page.goto(address + "how.html")
+    wide, narrow = page.locator(".wide-picture svg"), page.locator(".narrow-picture svg")
+    assert (wide.is_visible(), narrow.is_visible()) == ((True, False) if size == "desktop" else (False, True))
+    shown = wide if size == "desktop" else narrow
+    outside = shown.evaluate("""picture => { const edge = picture.getBoundingClientRect();
+        return [...picture.querySelectorAll("text")].filter(t => { const r = t.getBoundingClientRect(); return r.left < edge.left - 1 || r.right > edge.right + 1 }).map(t => t.textContent) }""")
+    assert outside == []
+
+
+def test_formulas_are_set(page, address):
+    page.goto(address + "10_spectrum.html")
+    page.locator(".katex-html").first.wait_for()
+    assert page.locator(".katex-error").count() == 0
+    assert page.locator(".katex-display").count() >= 1
+    assert page.evaluate("document.fonts.ready.then(() => [...document.fonts].filter(f => f.status == 'loaded').map(f => f.family).join())").count("KaTeX") >= 2
+
+
+def test_the_explorer_moves_without_a_kernel(page, address):
+    page.goto(address + "tutorials/99_probe.html")
+    page.locator("#probe[data-ready=yes]").wait_for()
+    slider, number = page.locator("#probe input"), page.locator("#probe output")
+    assert number.inner_text() == "9"
+    slider.focus()
+    slider.press("ArrowRight")
+    assert number.inner_text() == "16"
+
+
+def test_no_page_is_wider_than_the_screen(page, address, site):
+    paths = [p.with_suffix(".html").as_posix() for p in notebooks(site.root / "nbs")] + ["how.html", "benchmarks.html", "api/index.html", "api/emulator.html", "api/correct.html"]
+    wide = []
+    for path in paths:
+        page.goto(address + path)
+        if page.evaluate("document.documentElement.scrollWidth > window.innerWidth"): wide.append(path)
+    assert wide == []
