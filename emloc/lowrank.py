@@ -44,12 +44,12 @@ class LowRankLinear(nn.Module):
     def forward(self, x): return F.linear(F.linear(x, self.V), self.U, self.bias)
     def extra_repr(self): return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, bias={self.bias is not None}"
 
-# %% ../nbs/04_lowrank.ipynb #0ea0de88
+# %% ../nbs/04_lowrank.ipynb #55035b39
 class EmulatorConfig(QuantizationConfigMixin):
     "What config.json says of an emulator: ranks by module name, and the model that it emulates."
-    def __init__(self, ranks=None, base_model=None, base_fingerprint=None, ratio=None, **kwargs):
+    def __init__(self, ranks=None, base_model=None, base_fingerprint=None, ratio=None, metric="activation", **kwargs):
         self.quant_method = "emloc"
-        self.ranks, self.base_model, self.base_fingerprint, self.ratio = ranks or {}, base_model, base_fingerprint, ratio
+        self.ranks, self.base_model, self.base_fingerprint, self.ratio, self.metric = ranks or {}, base_model, base_fingerprint, ratio, metric
 
 class EmulatorQuantizer(HfQuantizer):
     "Puts the pairs in place before transformers loads the weights."

@@ -76,7 +76,7 @@ def new_directory(
         raise
     finish_directory(partial, out)
 
-# %% ../nbs/00a_output.ipynb #493e6e14
+# %% ../nbs/00a_output.ipynb #66a123b8
 def processes() -> PartialState: # accelerate's: num_processes, process_index, is_main_process, wait_for_everyone()
     "The processes that were launched together; without a GPU they talk through the CPU."
     return PartialState(cpu=not torch.cuda.is_available())
@@ -108,6 +108,9 @@ class Run:
 
     @property
     def main(self) -> bool: return self.team is None or self.team.is_main_process # the one that writes
+
+    @property
+    def part(self) -> str: return f"-{self.team.process_index}" if self.team else "" # of the names of files that each process has for itself
 
     def wait(self): # for the other processes
         if self.team: self.team.wait_for_everyone()
@@ -142,8 +145,8 @@ class Run:
         *walks, # that go side by side
     ):
         "The blocks of a walk that are left, with a bar; each is done when the loop asks for the next."
-        done, part = self.done.get(label, 0), f"-{self.team.process_index}" if self.team else ""
-        file = lambda n, i: self.state / f"{label}-{n:05d}-{i}{part}.safetensors"
+        done = self.done.get(label, 0)
+        file = lambda n, i: self.state / f"{label}-{n:05d}-{i}{self.part}.safetensors"
         for i, walk in enumerate(walks) if done else (): walk.resume(file(done, i), done)
         self.bar = tqdm(zip(*walks), desc=label, unit="block", initial=done, total=len(walks[0]), disable=not self.main)
         for steps in self.bar:
