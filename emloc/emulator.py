@@ -122,7 +122,7 @@ def build_block(
         for mine, theirs in zip((tensors, sigmas, errors), found): mine |= theirs
     return BuiltBlock(tensors, sigmas, errors)
 
-# %% ../nbs/12_emulator.ipynb #de736beb
+# %% ../nbs/12_emulator.ipynb #50b235f9
 def forward_pass(
     walk: Walk, # before it has begun
     run: Run, # keeps what goes into each block
@@ -139,8 +139,8 @@ def backward_pass(
     "The blocks in reverse. Each is done when the loop asks for the next, and its inputs are then dropped."
     blocks, done = len(walk), run.done.get("backward", 0)
     file = lambda kind, n: run.state / f"{kind}-{n:05d}{run.part}.safetensors"
-    if done: gradients = [t for _, t in sorted(load_file(file("gradients", done)).items())]
-    else: loss, gradients = loss_gradient(walk)
+    if done == blocks: return
+    gradients = [t for _, t in sorted(load_file(file("gradients", done)).items())] if done else loss_gradient(walk)[1]
     walk.hidden[0] = [None] * len(walk.batches)
     run.bar = tqdm(reversed(range(blocks - done)), desc="emulator", unit="block", initial=done, total=blocks, disable=not run.main)
     for index in run.bar:

@@ -168,10 +168,10 @@ def test_an_emulator_loads_in_a_fresh_process(make_stages):
 def interrupt(monkeypatch, at):
     "From now on the block of this number is never finished; gives the numbers of those that are."
     real, built = emloc.emulator.build_block, []
-    def build_block(step, ranks):
+    def build_block(step, *more):
         if step.index == at: raise KeyboardInterrupt
         built.append(step.index)
-        return real(step, ranks)
+        return real(step, *more)
     monkeypatch.setattr(emloc.emulator, "build_block", build_block)
     return built
 

@@ -77,6 +77,7 @@ def test_half_a_checkpoint_is_none(tmp_path):
 
 STAGES = {
     "emulator": lambda s, task, out: build_emulator(s.model, task.calibration(), out, ratio=0.5),
+    "fisher emulator": lambda s, task, out: build_emulator(s.model, task.calibration(), out, ratio=0.5, metric="fisher"),
     "anchors": lambda s, task, out: compute_anchors(s.emulator, s.model, task.train.select(range(6)), out, every=2),
     "adapter": lambda s, task, out: train_adapter(s.emulator, task.train, out, lora=lora_config(rank=2, targets=["q_proj"], lora_dropout=0.1),
                                                   args=training_args(f"{out}.checkpoints", steps=6, save_steps=2, bf16=False, disable_tqdm=True)),
