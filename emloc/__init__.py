@@ -3,7 +3,7 @@ __version__ = "0.1.0"
 
 from importlib import import_module
 
-from emloc import adapter, anchor, correct, data, emulator, evaluate, finetune, geometry, lowrank, memory, merge, model, output, pairlora, plan, polish, rank, simulate, spectrum, walk
+from emloc import adapter, anchor, backward, correct, data, emulator, evaluate, finetune, fisher, geometry, lowrank, memory, merge, model, output, pairlora, plan, polish, rank, simulate, spectrum, tasks, walk
 from emloc.anchor import compute_anchors
 from emloc.correct import correct_adapter
 from emloc.data import EmlocError, Task, load_task

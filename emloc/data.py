@@ -17,9 +17,9 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 
 # %% auto #0
-__all__ = ['READERS', 'SPLITS', 'EmlocError', 'brief', 'normalise_row', 'Task', 'find_labels', 'bbc_rows', 'read_rows',
-           'clean_rows', 'hold_out', 'load_task', 'load_tokenizer', 'row_texts', 'encode_row', 'encode_rows',
-           'rows_hash', 'collator']
+__all__ = ['BUILT_IN', 'READERS', 'SPLITS', 'EmlocError', 'brief', 'normalise_row', 'Task', 'find_labels', 'bbc_rows',
+           'read_rows', 'clean_rows', 'hold_out', 'load_task', 'load_tokenizer', 'row_texts', 'encode_row',
+           'encode_rows', 'rows_hash', 'collator']
 
 # %% ../nbs/00_data.ipynb #74eb15a2
 class EmlocError(ValueError):
@@ -87,7 +87,7 @@ def find_labels(
     counts = Counter(c if isinstance(c, str) else c[-1]["content"] for c in rows["completion"])
     return sorted(counts) if 2 <= len(counts) <= 50 and len(rows) >= 5 * len(counts) else None
 
-# %% ../nbs/00_data.ipynb #50940c55
+# %% ../nbs/00_data.ipynb #54eb3795
 def bbc_rows(
     words: int = 50, # how much of each article the prompt shows
 ) -> Dataset: # one row an article, in alphabetical order of sections
@@ -104,7 +104,9 @@ def bbc_rows(
         rows.append({"prompt": f"{article}\n\nTopic:", "completion": f" {section}"})
     return Dataset.from_list(rows)
 
-# %% ../nbs/00_data.ipynb #5f16b7a2
+BUILT_IN = {"bbc": bbc_rows} # {name: function () -> Dataset}; add your own
+
+# %% ../nbs/00_data.ipynb #293f6194
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 SPLITS = ("train", "validation", "test")
 
@@ -124,7 +126,7 @@ def read_rows(
         name, _, config = source.partition(":")
         try: return datasets.load_dataset(name, config or None)
         except Exception as error:
-            raise EmlocError(f"task {source}: neither a file ({', '.join(READERS)}), nor a folder, nor 'bbc', nor a dataset that the hub gave: "
+            raise EmlocError(f"task {source}: neither a file ({', '.join(READERS)}), nor a folder, nor one of {', '.join(map(repr, BUILT_IN))}, nor a dataset that the hub gave: "
                              f"{brief(error)}") from error
     suffixes = {Path(f).suffix for f in files.values()}
     if len(suffixes) > 1: raise EmlocError(f"{path}: its splits are of different kinds ({', '.join(sorted(suffixes))}); make them one")
@@ -151,9 +153,9 @@ def hold_out(
     parts = rows.train_test_split(test_size=count, seed=seed)
     return parts["train"], parts["test"]
 
-# %% ../nbs/00_data.ipynb #9120e7d3
+# %% ../nbs/00_data.ipynb #d75b2975
 def load_task(
-    source: str, # 'bbc', a file, a folder of split files, or a hub name (`name` or `name:config`)
+    source: str, # a built-in task such as 'bbc', a file, a folder of split files, or a hub name (`name` or `name:config`)
     *,
     test_rows: int = 500, # set aside for the report where there is no test split
     validation_rows: int = 100, # set aside for choices where there is no validation split
@@ -162,7 +164,7 @@ def load_task(
 ) -> Task:
     "A task, from its name or its files. Raises `EmlocError` for what cannot be read, a missing column or no rows."
     source = str(source)
-    splits = DatasetDict(train=bbc_rows()) if source == "bbc" else read_rows(source)
+    splits = DatasetDict(train=BUILT_IN[source]()) if source in BUILT_IN else read_rows(source)
     if "train" not in splits:
         raise EmlocError(f"task {source}: it has the splits {', '.join(splits)} but no train split")
     rows = {s: clean_rows(splits[s], f"{source}, {s}" if len(splits) > 1 else source) for s in SPLITS if s in splits}

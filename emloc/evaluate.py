@@ -94,7 +94,7 @@ def generated(
 def said(row: dict) -> str: # the completion as text without white space around it
     return (row["completion"] if isinstance(row["completion"], str) else row["completion"][-1]["content"]).strip()
 
-# %% ../nbs/50_evaluate.ipynb #827309f4
+# %% ../nbs/50_evaluate.ipynb #40011408
 def open_model(
     model, # a model or emulator directory, a hub name, 'default', or a loaded model
     adapter=None, # an adapter directory
@@ -120,7 +120,7 @@ def evaluate_task(
     batch_size: int = 16, # rows
     max_length: int = 512, # tokens
     bar: str | None = None, # title of a progress bar
-) -> dict: # accuracy (0 to 1), nll (nats per token), rows
+) -> dict: # accuracy (0 to 1; None for text without prompts), nll (nats per token), rows
     "Accuracy and likelihood on the test rows. Raises `EmlocError` for a task without test rows and an adapter that does not fit."
     test = task.test if rows is None else task.test.select(range(min(rows, len(task.test))))
     if len(test) == 0: raise EmlocError(f"task {task.name}: there are no test rows to evaluate on")
@@ -141,7 +141,7 @@ def score_rows(
     batch_size: int, # rows
     max_length: int, # tokens
     bar: str | None = None, # title of a progress bar
-) -> dict: # accuracy (0 to 1), nll (nats per token), rows
+) -> dict: # accuracy (0 to 1; None for text without prompts), nll (nats per token), rows
     "Accuracy and likelihood of a loaded model."
     options = [said({"completion": l}) if not isinstance(test[0]["prompt"], str) else l for l in task.labels or []]
     encode = lambda row: encode_row(row, tokenizer, max_length, end=False)
@@ -153,6 +153,7 @@ def score_rows(
         truth = [next((i for i, l in enumerate(options) if l.strip() == said(row)), None) for row in test]
         if None in truth: raise EmlocError(f"task {task.name}: the completion {said(test[truth.index(None)])!r} of a test row is none of its labels")
         right, losses = [b == t for b, t in zip(best, truth)], [group[t] for group, t in zip(groups, truth)]
+    elif not any(row["prompt"] for row in test): return {"accuracy": None, "nll": sum(l for l, _ in losses) / sum(k for _, k in losses), "rows": len(test)}
     else: right = [text == said(row) for text, row in zip(generated(model, tokenizer, test, batch_size, max_length), test)]
     return {"accuracy": sum(right) / len(right), "nll": sum(l for l, _ in losses) / sum(k for _, k in losses), "rows": len(test)}
 
