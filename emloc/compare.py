@@ -41,7 +41,7 @@ METHODS = [Method("LoRA on the model"), Method("EMLoC", "activation"), Method("E
            Method("Fisher metric and anchors", "fisher", 1), Method("Fisher metric, anchors, 10 exact steps", "fisher", 1, polish=10)]
 REFERENCE = METHODS[0].name
 
-# %% ../nbs/69_compare.ipynb #cf76233e
+# %% ../nbs/69_compare.ipynb #f213ccd4
 @dataclass
 class Setting:
     "What all methods of a comparison have in common."
@@ -65,7 +65,7 @@ class Comparison:
     ):
         self.task, self.out, self.setting, self.say = task, Path(out), setting, say
         self.train = task.train.select(range(min(len(task.train), setting.steps * setting.batch_size)))
-        self.file, self.known = self.out / "compare.json", {"task": task.name, "setting": asdict(setting), "scores": {}, "rows": []}
+        self.file, self.known = self.out / "compare.json", {"task": task.name, "setting": json.loads(json.dumps(asdict(setting))), "scores": {}, "rows": []}
 
     def begin(self):
         "Raises `EmlocError` when the directory holds another comparison."

@@ -12,7 +12,7 @@ from emloc.data import EmlocError
 
 
 @pytest.fixture
-def setting(llama): return Setting(str(llama), 0.5, steps=6, batch_size=4, rows=8, calibration=16, seeds=(0, 1), rates=(1e-2, 1e-4))
+def setting(llama): return Setting(str(llama), 0.5, steps=2, batch_size=4, rows=8, calibration=16, seeds=(0, 1), rates=(1e-2, 1e-4))
 
 
 def test_shares():
