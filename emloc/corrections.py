@@ -131,7 +131,7 @@ class Moving:
         Image.fromarray(np.asarray(self.canvas.buffer_rgba())[..., :3]).save(buffer, "png", compress_level=1)
         return buffer.getvalue()
 
-# %% ../nbs/67_corrections.ipynb #332e6cab
+# %% ../nbs/67_corrections.ipynb #390a46f2
 def per_block(
     values: dict, # {module: number}
 ) -> list: # the mean over the weights of each block
@@ -150,7 +150,8 @@ def correction_figure(
     top = max(max(per_block(v)) for v in before.values())
     lines.set_yscale("log"); lines.set_ylim(top / 100, 5 * top); lines.set_xlabel("block"); lines.set_ylabel("misalignment"); lines.legend(fontsize=8)
     kinds, table = by_block(now)
-    image = heat.imshow(table.log10(), aspect="auto", cmap="viridis", vmin=-1, vmax=1.5)
+    high = float(table.nan_to_num(0).max().clamp_min(1e-12).log10())
+    image = heat.imshow(table.clamp_min(1e-12).log10(), aspect="auto", cmap="viridis", vmin=high - 2, vmax=high + 0.2)
     heat.set_yticks(range(len(kinds)), [k.split(".")[-1] for k in kinds], fontsize=8); heat.set_xlabel("block"); heat.set_title("log₁₀ misalignment, corrected", fontsize=9)
     figure.colorbar(image, ax=heat)
     bars.barh(range(len(candidates)), [c["nll"] for c in candidates], color=[COLOURS.get(c["mode"], PINK) for c in candidates])
@@ -160,7 +161,7 @@ def correction_figure(
     figure.tight_layout()
     return figure, moving, image
 
-# %% ../nbs/67_corrections.ipynb #0852f810
+# %% ../nbs/67_corrections.ipynb #3c550b3f
 def summary(
     before: dict, # {module: misalignment} of mode none
     now: dict, # of the present correction
@@ -200,13 +201,13 @@ def correction_explorer(
                 "limit": widgets.FloatLogSlider(limit, min=-2, max=1.5, step=0.05, description="limit (clamp)", style=style),
                 "strength": widgets.FloatSlider(strength, min=0, max=3, step=0.05, description="strength", style=style)}
     def redraw(_=None):
+        controls["limit"].disabled = controls["mode"].value != "clamp"
         try:
             now = first.misalignment(controls["mode"].value, controls["limit"].value, controls["strength"].value)
             line.set_ydata(per_block(now)); image.set_data(by_block(now)[1].clamp_min(1e-12).log10())
             picture.value = moving.png()
             reading.value = f"<span role='status'>{html.escape(summary(base, now) + nearest(candidates, controls['mode'].value, controls['strength'].value))}</span>"
         except Exception as error: reading.value = alert(error)
-        controls["limit"].disabled = controls["mode"].value != "clamp"
     for control in controls.values(): control.observe(redraw, "value")
     redraw()
     result = Panel([*controls.values(), picture, reading], lambda: picture.value, "correction explorer: mode, limit and strength")

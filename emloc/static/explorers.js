@@ -38,6 +38,8 @@ let serial = 0;
 function frame(el, title) {
   const id = `emloc-${serial++}`;
   const box = make("div", { class: "emloc", role: "group", "aria-label": title });
+  // arrow keys move the sliders, and not JupyterLab's cursor from cell to cell
+  box.addEventListener("focusin", event => event.target.setAttribute("data-lm-suppress-shortcuts", "true"));
   const problem = make("div", { role: "alert" });
   el.replaceChildren(make("style", {}, STYLE), box);
   const guard = work => (...args) => {
@@ -168,6 +170,7 @@ function bytes(text) {
 function ranks({ model, el }) {
   const { box, problem, guard, id } = frame(el, "rank explorer");
   const change = (name, value) => { model.set(name, value); model.save_changes(); };
+  const together = (mode, value) => { model.set("mode", mode); model.set(mode, value); model.save_changes(); };
   const table = model.get("table"), names = table.names, choices = Object.keys(table.choices);
   const titles = { uniform: "one ratio for all", spectrum: "as the spectra ask" };
   const blocks = 1 + Math.max(...table.places.map(p => p[1])), rows = [...new Set(table.places.map(p => p[0]))];
@@ -182,9 +185,9 @@ function ranks({ model, el }) {
   };
   const [modeSet, modes] = radios("choose by", `${id}-mode`, { ratio: "ratio", budget: "memory budget" }, v => change("mode", v));
   const slider = make("input", { type: "range", min: 0, max: table.ratios.length - 1, step: 1, "aria-label": "ratio",
-    oninput: () => { model.set("mode", "ratio"); model.set("ratio", table.ratios[Number(slider.value)]); model.save_changes(); } });
+    oninput: () => together("ratio", table.ratios[Number(slider.value)]) });
   const shown = make("b");
-  const budget = make("input", { type: "text", size: 8, "aria-label": "memory budget", onchange: () => { model.set("mode", "budget"); model.set("budget", budget.value); model.save_changes(); } });
+  const budget = make("input", { type: "text", size: 8, "aria-label": "memory budget", onchange: () => together("budget", budget.value) });
   const number = (label, name) => {
     const input = make("input", { type: "number", min: 1, step: 1, "aria-label": label, style: "width: 5.5em", onchange: () => change(name, Number(input.value)) });
     return input;
