@@ -22,11 +22,11 @@ BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#c
 COLOURS = {"none": GREY, "clamp": ORANGE, "gram": BLUE, "auto": GREEN}
 
 # %% auto #0
-__all__ = ['BLUE', 'ORANGE', 'GREEN', 'PINK', 'SKY', 'RED', 'GREY', 'COLOURS', 'png', 'alert', 'Keys', 'Panel', 'panel', 'play',
-           'spectrum_figure', 'by_block', 'heat', 'rank_figure', 'error_figure', 'candidate_figure', 'plan_figure',
-           'score_figure', 'alignment_figure']
+__all__ = ['BLUE', 'ORANGE', 'GREEN', 'PINK', 'SKY', 'RED', 'GREY', 'COLOURS', 'png', 'alert', 'picture_box', 'Keys', 'Panel',
+           'panel', 'play', 'spectrum_figure', 'by_block', 'heat', 'rank_figure', 'error_figure', 'candidate_figure',
+           'plan_figure', 'score_figure', 'alignment_figure']
 
-# %% ../nbs/60_explore.ipynb #44773929
+# %% ../nbs/60_explore.ipynb #f76584cb
 def png(
     figure: Figure, # closed afterwards
     dpi: int = 80,
@@ -43,6 +43,10 @@ def alert(
 ) -> str: # HTML that screen readers say at once
     "An error as a person should see it in the page."
     return f"<b role='alert'>{type(error).__name__}: {html.escape(str(error))}</b>"
+
+def picture_box() -> widgets.Image:
+    "A place for a PNG, shown in its own size or as wide as the page."
+    return widgets.Image(format="png", layout={"align_self": "flex-start", "max_width": "100%"})
 
 class Keys(anywidget.AnyWidget):
     "Tells JupyterLab to leave the keys to what has the focus in a panel."
@@ -70,13 +74,13 @@ class Panel(widgets.VBox):
         found = self.still() if self.still else None
         return view | ({"image/png": base64.b64encode(found).decode()} if found else {"text/html": f"<p>{html.escape(self.text)}</p>"})
 
-# %% ../nbs/60_explore.ipynb #d0dafbb7
+# %% ../nbs/60_explore.ipynb #03522be2
 def panel(
     draw, # function of the controls' values -> Figure, or text
     **controls, # name = what ipywidgets makes a control of
 ) -> Panel: # with the controls, the picture and a line for messages
     "A figure that is drawn again whenever a control moves."
-    picture, message, first = widgets.Image(format="png"), widgets.HTML(), []
+    picture, message, first = picture_box(), widgets.HTML(), []
     def redraw(**values):
         try: drawn = draw(**values)
         except Exception as error: message.value = alert(error)

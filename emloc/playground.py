@@ -77,7 +77,7 @@ def columns_figure(
         ax.text(i / len(texts), 0.45, "\n".join(text[j:j + 34] for j in range(0, min(len(text), 102), 34)), fontsize=8, va="top", family="monospace", parse_math=False)
     return figure
 
-# %% ../nbs/68_playground.ipynb #aaebbb81
+# %% ../nbs/68_playground.ipynb #3f8f0afe
 def playground(
     models: dict, # {name: (a model or emulator directory or 'default', adapter directory or None)}, or {name: (loaded model, tokenizer)}
     prompt: str = "", # at first
@@ -86,9 +86,9 @@ def playground(
     chat: bool = False, # whether the prompt is a user's message
 ) -> Panel: # with .controls, .output, .job, .texts
     "A prompt, a button, and what every model writes."
-    style = {"description_width": "initial"}
-    controls = {"prompt": widgets.Textarea(prompt, description="prompt", layout={"width": "95%", "height": "5em"}), "tokens": widgets.IntSlider(tokens, 1, 200, description="tokens at most", style=style),
-                "temperature": widgets.FloatSlider(0, min=0, max=1.5, step=0.1, description="temperature", style=style), "chat": widgets.Checkbox(chat, description="as a chat message")}
+    style = {"style": {"description_width": "initial"}, "layout": {"width": "32em", "max_width": "100%"}}
+    controls = {"prompt": widgets.Textarea(prompt, description="prompt", layout={"width": "95%", "height": "5em"}), "tokens": widgets.IntSlider(tokens, 1, 200, description="tokens at most", **style),
+                "temperature": widgets.FloatSlider(0, min=0, max=1.5, step=0.1, description="temperature", **style), "chat": widgets.Checkbox(chat, description="as a chat message")}
     output, loaded, texts = widgets.HTML(columns({n: "" for n in models})), {}, {}
     def work(tell):
         texts.clear()

@@ -48,6 +48,12 @@ function frame(el, title) {
   return { box, problem, guard, id };
 }
 
+// a field acts when it is left, and on Enter
+const field = (attributes, act) => {
+  const input = make("input", { ...attributes, onchange: () => act(input), onkeydown: event => { if (event.key === "Enter") act(input); } });
+  return input;
+};
+
 function choose(label, options, change) {
   const select = make("select", { "aria-label": label, onchange: () => change(select.value) });
   for (const option of options) select.append(make("option", { value: option }, String(option)));
@@ -187,11 +193,8 @@ function ranks({ model, el }) {
   const slider = make("input", { type: "range", min: 0, max: table.ratios.length - 1, step: 1, "aria-label": "ratio",
     oninput: () => together("ratio", table.ratios[Number(slider.value)]) });
   const shown = make("b");
-  const budget = make("input", { type: "text", size: 8, "aria-label": "memory budget", onchange: () => together("budget", budget.value) });
-  const number = (label, name) => {
-    const input = make("input", { type: "number", min: 1, step: 1, "aria-label": label, style: "width: 5.5em", onchange: () => change(name, Number(input.value)) });
-    return input;
-  };
+  const budget = field({ type: "text", size: 8, "aria-label": "memory budget" }, input => together("budget", input.value));
+  const number = (label, name) => field({ type: "number", min: 1, step: 1, "aria-label": label, style: "width: 5.5em" }, input => change(name, Number(input.value)));
   const tokens = number("tokens of a row", "seq_len"), batch = number("rows of a batch", "batch_size");
   const [useSet, uses] = radios("build", `${id}-use`, Object.fromEntries(choices.map(c => [c, titles[c] ?? c])), v => change("choice", v));
   const reading = make("output", { "aria-live": "polite" }), hovered = make("div", { class: "hover" }), scale = make("span");
