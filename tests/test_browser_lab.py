@@ -217,7 +217,7 @@ def test_correction_explorer(page, here):
     out.locator(".noUi-handle").first.focus()
     for i in range(1, 11):
         page.keyboard.press("ArrowLeft")
-        until(page, lambda: abs(shown(0) / 10 ** (0.5 - 0.05 * i) - 1) < 0.02, True)
+        until(page, lambda: abs(shown(0) / (3 * 10 ** (-0.05 * i)) - 1) < 0.02, True)
     until(page, lambda: agrees("clamp", shown(0)), True)
     before = picture()
     drag(page, out.locator(".noUi-target").nth(1), 0.8)

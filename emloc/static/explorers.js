@@ -198,9 +198,9 @@ function ranks({ model, el }) {
   const tokens = number("tokens of a row", "seq_len"), batch = number("rows of a batch", "batch_size");
   const [useSet, uses] = radios("build", `${id}-use`, Object.fromEntries(choices.map(c => [c, titles[c] ?? c])), v => change("choice", v));
   const reading = make("output", { "aria-live": "polite" }), hovered = make("div", { class: "hover" }), scale = make("span");
-  const cell = Math.max(6, Math.min(14, 330 / blocks)), W = 86 + blocks * cell + 4, H = 24 + rows.length * 16 + 18;
+  const cell = Math.max(6, Math.min(24, 330 / blocks)), W = Math.max(300, 86 + blocks * cell + 4), H = 24 + rows.length * 16 + 18;
   const maps = Object.fromEntries(choices.map(c => {
-    const svg = make("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `ranks, ${titles[c] ?? c}` });
+    const svg = make("svg", { viewBox: `0 0 ${W} ${H}`, width: W, role: "img", "aria-label": `ranks, ${titles[c] ?? c}` });
     const title = make("text", { x: 86, y: 13, "font-weight": "bold" }), cells = names.map((name, i) => {
       const [row, block] = table.places[i];
       return make("rect", { x: 86 + block * cell, y: 20 + rows.indexOf(row) * 16, width: cell - 1, height: 15, onmouseenter: () => {
