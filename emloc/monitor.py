@@ -22,7 +22,7 @@ from .jobs import Job
 # %% auto #0
 __all__ = ['monitor_figure', 'quick_png', 'memory_now', 'Monitor', 'train_live']
 
-# %% ../nbs/66_monitor.ipynb #1fa9bbf0
+# %% ../nbs/66_monitor.ipynb #0d7d9dfe
 def monitor_figure(
     losses: list, # (step, loss)
     memory: list, # (step, bytes)
@@ -35,7 +35,7 @@ def monitor_figure(
         for ax, colour, label in zip(figure.subplots(1, 2), (BLUE, ORANGE), ("loss (nats per token)", "memory (GiB)")):
             ax.plot([], [], color=colour, marker="." if colour == BLUE else None)
             ax.set_xlabel("step"); ax.set_ylabel(label)
-        figure.subplots_adjust(left=0.08, right=0.98, bottom=0.2, wspace=0.25)
+        figure.subplots_adjust(left=0.08, right=0.97, bottom=0.2, wspace=0.25)
     for ax, points in zip(figure.axes, (losses, [(s, b / 2**30) for s, b in memory])):
         ax.lines[0].set_data(*zip(*points) if points else ([], []))
         top = 1.1 * max((y for _, y in points), default=1) or 1
