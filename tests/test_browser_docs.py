@@ -2,7 +2,7 @@
 import threading
 
 import pytest
-from browser import launch
+from browser import chromium
 
 from emloc.site import notebooks, serve_site
 
@@ -11,7 +11,7 @@ SIZES = {"desktop": (1280, 900), "phone": (390, 844)}
 
 @pytest.fixture(scope="module")
 def chrome():
-    with launch() as browser: yield browser
+    with chromium() as browser: yield browser
 
 
 @pytest.fixture(scope="module")

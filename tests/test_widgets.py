@@ -1,0 +1,160 @@
+"""The functions under the widgets, on problems with a known answer; the widgets themselves are driven in test_browser_lab.py."""
+import json
+import threading
+
+import pytest
+import torch
+from transformers import TrainerControl, TrainerState
+
+from emloc import explore
+from emloc.corrections import correction_explorer, correction_table
+from emloc.correct import correct_adapter
+from emloc.data import EmlocError
+from emloc.emulator import build_emulator, collect_spectra
+from emloc.evaluate import alignment_report
+from emloc.explorers import page
+from emloc.jobs import Job
+from emloc.monitor import Monitor, monitor_figure
+from emloc.playground import columns, complete, playground
+from emloc.plan import Shapes
+from emloc.rank import by_spectrum, uniform
+from emloc.ranking import RankExplorer, predicted, rank_table, ranks_at, ratio_for
+from emloc.spectra import SpectrumExplorer, actual_errors, rank_steps, reading, spectrum_table
+
+
+def test_actual_errors_of_a_weight_with_known_directions():
+    weight = torch.diag(torch.tensor([3.0, 2.0, 1.0]))
+    found = actual_errors(weight, torch.eye(3), torch.eye(3))
+    assert torch.allclose(found, torch.tensor([5 / 14, 1 / 14, 0.0]).double().sqrt())
+
+
+def test_rank_steps_begin_at_one_end_at_the_last_and_have_the_even_ones():
+    assert rank_steps(5) == [1, 2, 3, 4, 5]
+    steps = rank_steps(576)
+    assert steps[0] == 1 and steps[-1] == 576 and {72, 104} <= set(steps) and len(steps) < 170
+
+
+def test_on_the_calibration_rows_prediction_is_truth(llama, task):
+    rows = task.calibration(24)
+    table = spectrum_table(llama, rows, rows, blocks=[1])
+    assert {w["block"] for w in table["weights"]} == {1} and json.loads(json.dumps(table)) == table
+    for w in table["weights"]:
+        assert max(abs(p - a) for p, a in zip(w["aware"]["predicted"], w["aware"]["actual"])) < 5e-3
+        assert all(a <= p + 5e-3 for a, p in zip(w["aware"]["actual"], w["plain"]["actual"]))
+
+
+def test_spectrum_explorer_reads_its_table_and_says_what_is_missing(llama, task):
+    table = spectrum_table(llama, task.calibration(24), task.test, blocks=[0])
+    shown = SpectrumExplorer(table, weight="mlp.up_proj")
+    assert shown.rank == uniform({"w": (48, 32)}, 0.25)["w"] and shown.reading == reading(table, 0, "mlp.up_proj", shown.rank)
+    with pytest.raises(EmlocError, match="not in this table"): reading(table, 7, "mlp.up_proj", 3)
+    with pytest.raises(EmlocError, match="blocks 0 to 2"): spectrum_table(llama, task.calibration(4), task.test, blocks=[3])
+
+
+def test_an_explorer_stores_a_page_that_needs_no_kernel_and_no_host(llama, task):
+    bundle = SpectrumExplorer(spectrum_table(llama, task.calibration(24), task.test, blocks=[0]))._repr_mimebundle_()
+    html = bundle["text/html"]
+    assert "image/png" in bundle and "\n\n" not in html and html.count("</script>") == 1
+    assert "http" not in html.replace("http://www.w3.org/2000/svg", "")
+    assert page({"note": "</script>"}, b"", "x").count("</script>") == 1
+
+
+@pytest.fixture(scope="module")
+def ranks(llama, task):
+    spectra, shapes = collect_spectra(llama, task.calibration(24))
+    return rank_table(str(llama), spectra, batch_size=2, seq_len=16), spectra, shapes
+
+
+def test_the_rank_table_is_what_the_library_chooses(ranks):
+    table, spectra, shapes = ranks
+    for ratio in (0.1, 0.5, 0.9):
+        assert ranks_at(table, "uniform", ratio) == uniform(shapes, ratio)
+        assert ranks_at(table, "spectrum", ratio) == by_spectrum(spectra, shapes, ratio)
+        assert predicted(table, uniform(shapes, ratio))["emulator_bytes"] == Shapes(table["model"]).emulator_bytes(uniform(shapes, ratio))
+
+
+def test_a_budget_becomes_the_largest_ratio_that_fits(ranks):
+    table = ranks[0]
+    peak = predicted(table, ranks_at(table, "uniform", 0.3))["peak_bytes"]
+    assert ratio_for(table, peak + 1) == 0.3 and ratio_for(table, peak - 1) == 0.275
+    with pytest.raises(EmlocError, match="fewer tokens"): ratio_for(table, "1KiB")
+    shown = RankExplorer(table)
+    shown.seq_len = 0
+    assert "at least 1" in shown.problem
+    shown.seq_len = 64
+    assert shown.problem == "" and shown.predicted["peak_bytes"] > predicted(table, shown.ranks)["peak_bytes"]
+
+
+def test_a_cancelled_build_goes_on_and_gives_the_same_emulator(llama, task, tmp_path, monkeypatch):
+    from emloc import emulator
+    begun, whole, calls = threading.Event(), emulator.build_block, []
+    def build(*args):
+        calls.append(1)
+        if len(calls) == 2: begun.set(); job.cancelling or stop.wait(5)
+        return whole(*args)
+    stop = threading.Event()
+    monkeypatch.setattr(emulator, "build_block", build)
+    job = Job("Build", lambda tell: build_emulator(llama, task.calibration(24), tmp_path / "emulator", ratio=0.5))
+    job.press(); begun.wait(30); job.stop(); stop.set(); job.thread.join()
+    assert "Stopped" in job.message.value and not (tmp_path / "emulator").exists() and (tmp_path / "emulator.partial").is_dir()
+    job.press(); job.thread.join()
+    assert len(calls) == 3 and (tmp_path / "emulator" / "config.json").is_file() and "role='status'" in job.message.value
+    job.press(); job.thread.join()
+    assert "role='alert'" in job.message.value and not job.start.disabled and job.cancel.disabled
+
+
+def test_monitor_stops_the_trainer_and_keeps_one_figure():
+    monitor, control, state = Monitor(every=0), TrainerControl(), TrainerState(max_steps=9, global_step=1)
+    figure, first = monitor.figure, monitor.picture.value
+    monitor.on_train_begin(None, state, control)
+    monitor.on_log(None, state, control, {"loss": 2.5})
+    monitor.on_step_end(None, state, control)
+    assert monitor.losses == [(1, 2.5)] and not control.should_training_stop and monitor.picture.value != first
+    monitor.stop()
+    monitor.on_step_end(None, state, control)
+    assert control.should_training_stop and monitor.figure is figure
+    assert list(monitor_figure([(1, 2.0), (2, 1.0)], [], 5, figure).axes[0].lines[0].get_ydata()) == [2.0, 1.0]
+
+
+@pytest.mark.parametrize("mode, limit, strength", [("none", 3.0, 1.0), ("none", 3.0, 1.6), ("clamp", 0.1, 1.0), ("clamp", 3.0, 0.5), ("gram", 3.0, 1.0), ("gram", 3.0, 2.0)])
+def test_the_correction_table_agrees_with_the_corrected_adapter(llama_stages, task, tmp_path, mode, limit, strength):
+    s, rows = llama_stages, task.calibration(24)
+    out = correct_adapter(s.raw, s.emulator, s.model, tmp_path / "out", mode=mode, limit=limit, strength=strength, calibration=rows)
+    table = correction_table(s.raw, s.emulator, s.model, task.test, rows).misalignment(mode, limit, strength)
+    for r in alignment_report(s.raw, {"it": out}, s.emulator, s.model, task.test): assert table[r["module"]] == pytest.approx(r["it"], rel=1e-3)
+
+
+def test_correction_explorer_moves_and_shows_errors(llama_stages, task):
+    s = llama_stages
+    table = correction_table(s.raw, s.emulator, s.model, task.calibration(8))
+    shown = correction_explorer({"a": table, "anchors": table}, [{"mode": "gram", "strength": 1.0, "nll": 0.5, "accuracy": 0.9}])
+    before = shown.picture.value
+    shown.controls["strength"].value = 2.0
+    assert shown.picture.value != before and "gram × 1 has a loss of 0.500" in shown.reading.value
+    table.products = table.products[:, :1]
+    shown.controls["strength"].value = 1.5
+    assert "role='alert'" in shown.reading.value
+
+
+def test_playground_writes_what_generate_writes(llama, tokenizer):
+    from emloc.evaluate import open_model
+    model, own = open_model(llama)
+    shown = playground({"one": (model, own)}, "we saw one otter", tokens=4)
+    shown.job.press(); shown.job.thread.join()
+    ids = own("we saw one otter", return_tensors="pt").input_ids
+    wanted = own.decode(model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False, pad_token_id=0)[0, ids.shape[1]:], skip_special_tokens=True)
+    assert shown.texts == {"one": wanted}
+    with pytest.raises(EmlocError, match="empty"): complete(model, own, " ")
+    assert "<b>" in columns({"a": "<script>"}) and "<script>" not in columns({"a": "<script>"})
+
+
+def test_a_panel_shows_errors_and_keeps_its_first_picture():
+    def draw(n=1):
+        if n > 2: raise ValueError("<too many>")
+        figure, ax = explore.plt.subplots(figsize=(2, 1)); ax.plot(range(n + 1)); return figure
+    shown = explore.panel(draw, n=(1, 3))
+    first = shown.picture.value
+    shown.controls["n"].value = 1
+    assert shown.still() and shown.message.value == ""
+    shown.controls["n"].value = 3
+    assert "&lt;too many&gt;" in shown.message.value and "role='alert'" in shown.message.value and first
