@@ -23,6 +23,7 @@ setup(
     python_requires=">=" + settings["min_python"],
     packages=find_packages(include=["emloc", "emloc.*"]),
     include_package_data=True,
+    package_data={"emloc": ["static/*.js"]},
     install_requires=settings["requirements"].split(),
     extras_require={"dev": settings["dev_requirements"].split()},
     entry_points={

@@ -21,37 +21,63 @@ BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#c
 COLOURS = {"none": GREY, "clamp": ORANGE, "gram": BLUE, "auto": GREEN}
 
 # %% auto #0
-__all__ = ['BLUE', 'ORANGE', 'GREEN', 'PINK', 'SKY', 'RED', 'GREY', 'COLOURS', 'png', 'panel', 'play', 'spectrum_figure',
-           'by_block', 'heat', 'rank_figure', 'error_figure', 'candidate_figure', 'plan_figure', 'score_figure',
-           'alignment_figure']
+__all__ = ['BLUE', 'ORANGE', 'GREEN', 'PINK', 'SKY', 'RED', 'GREY', 'COLOURS', 'png', 'alert', 'Panel', 'panel', 'play',
+           'spectrum_figure', 'by_block', 'heat', 'rank_figure', 'error_figure', 'candidate_figure', 'plan_figure',
+           'score_figure', 'alignment_figure']
 
-# %% ../nbs/60_explore.ipynb #a2d914fa
+# %% ../nbs/60_explore.ipynb #84f7359c
 def png(
     figure: Figure, # closed afterwards
     dpi: int = 80,
+    level: int = 6, # of compression; 1 is faster, and larger
 ) -> bytes:
     "A figure as a PNG file."
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=dpi)
+    figure.savefig(buffer, format="png", dpi=dpi, pil_kwargs={"compress_level": level})
     plt.close(figure)
     return buffer.getvalue()
 
+def alert(
+    error: BaseException,
+) -> str: # HTML that screen readers say at once
+    "An error as a person should see it in the page."
+    return f"<b role='alert'>{type(error).__name__}: {html.escape(str(error))}</b>"
+
+class Panel(widgets.VBox):
+    "Widgets in a column, with a picture for pages without a kernel."
+    def __init__(
+        self,
+        children, # widgets
+        still=None, # function () -> PNG bytes, or None where there is nothing to see
+        text: str = "", # what it is, for pages without pictures
+        **options, # for VBox
+    ):
+        super().__init__(children, **options)
+        self.still, self.text = still, text
+
+    def _repr_mimebundle_(self, **kwargs):
+        view = {"application/vnd.jupyter.widget-view+json": {"version_major": 2, "version_minor": 0, "model_id": self.model_id}, "text/plain": self.text}
+        found = self.still() if self.still else None
+        return view | ({"image/png": base64.b64encode(found).decode()} if found else {"text/html": f"<p>{html.escape(self.text)}</p>"})
+
+# %% ../nbs/60_explore.ipynb #d0dafbb7
 def panel(
     draw, # function of the controls' values -> Figure, or text
     **controls, # name = what ipywidgets makes a control of
-) -> widgets.VBox: # with the controls, the picture and a line for messages
+) -> Panel: # with the controls, the picture and a line for messages
     "A figure that is drawn again whenever a control moves."
-    picture, message = widgets.Image(format="png"), widgets.HTML()
+    picture, message, first = widgets.Image(format="png"), widgets.HTML(), []
     def redraw(**values):
         try: drawn = draw(**values)
-        except Exception as error: message.value = f"<b role='alert'>{type(error).__name__}: {html.escape(str(error))}</b>"
+        except Exception as error: message.value = alert(error)
         else:
             message.value = f"<pre>{html.escape(drawn)}</pre>" if isinstance(drawn, str) else ""
-            if not isinstance(drawn, str): picture.value = png(drawn)
+            if not isinstance(drawn, str): picture.value = png(drawn, level=1 if first else 6)
+            if not isinstance(drawn, str) and not first: first.append(picture.value)
     *children, _ = (box := widgets.interactive(redraw, **controls)).children
     redraw(**{child._kwarg: child.value for child in children})
     for child in children: child.description_allow_html = False
-    result = widgets.VBox([*children, picture, message])
+    result = Panel([*children, picture, message], lambda: first[0] if first else None, f"{draw.__name__}: controls {', '.join(c._kwarg for c in children)}")
     result.controls, result.picture, result.message = {c._kwarg: c for c in children}, picture, message
     result._box = box # keeps the callbacks alive
     return result
@@ -59,9 +85,9 @@ def panel(
 def play(draw, **controls):
     "Show a `panel`; its first picture is stored with it for pages without a kernel."
     shown = panel(draw, **controls)
-    static = {"image/png": base64.b64encode(shown.picture.value).decode()} if shown.picture.value else {"text/html": shown.message.value}
-    display({"application/vnd.jupyter.widget-view+json": {"version_major": 2, "version_minor": 0, "model_id": shown.model_id},
-             "text/plain": f"{draw.__name__}: controls {', '.join(shown.controls)}", **static}, raw=True)
+    bundle = shown._repr_mimebundle_()
+    if not shown.still(): bundle["text/html"] = shown.message.value
+    display(bundle, raw=True)
 
 # %% ../nbs/60_explore.ipynb #27e332ed
 def spectrum_figure(
