@@ -20,5 +20,5 @@ from emloc.polish import polish_adapter
 
 def __getattr__(name):
     # modules that bring matplotlib and widgets are imported when they are asked for
-    if name in ("cli", "demo", "explore"): return import_module(f"emloc.{name}")
+    if name in ("cli", "corrections", "demo", "explore", "explorers", "jobs", "monitor", "playground", "ranking", "spectra"): return import_module(f"emloc.{name}")
     raise AttributeError(f"module 'emloc' has no attribute {name!r}")

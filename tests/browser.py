@@ -1,9 +1,20 @@
 """A real browser for the tests: Debian's chromium, driven by playwright. `EMLOC_NEED_BROWSER=1` turns "there is none" from a skip into a failure."""
+import json
 import os
 import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
 from contextlib import contextmanager
+from importlib.util import find_spec
+from pathlib import Path
 
+import nbformat
 import pytest
+
+ROOT = Path(__file__).parent.parent
 
 
 def need(condition, why: str):
@@ -35,6 +46,61 @@ def page_of(browser, width: int = 1280, height: int = 900, **options):
     page.on("pageerror", lambda error: page.errors.append(str(error)))
     try: yield page
     finally: context.close()
+
+
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+@contextmanager
+def jupyter_lab(folder: Path, theme: str = "JupyterLab Light"):
+    "A JupyterLab on a folder, with settings of its own; yields its address."
+    need(find_spec("jupyterlab"), "no jupyterlab: pip install jupyterlab")
+    settings = {"@jupyterlab/apputils-extension/themes.jupyterlab-settings": {"theme": theme},
+                "@jupyterlab/apputils-extension/notification.jupyterlab-settings": {"fetchNews": "false", "checkForUpdates": False},
+                "@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"windowingMode": "none"}}
+    own = folder / ".jupyter"
+    for name, content in settings.items():
+        file = own / "settings" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(content))
+    env = os.environ | {"PYTHONPATH": str(ROOT), "JUPYTER_CONFIG_DIR": str(own / "config"), "JUPYTER_RUNTIME_DIR": str(own / "runtime"), "JUPYTERLAB_SETTINGS_DIR": str(own / "settings"),
+                        "JUPYTERLAB_WORKSPACES_DIR": str(own / "workspaces"), "IPYTHONDIR": str(own / "ipython"), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
+    port = free_port()
+    words = ["-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", f"--port={port}", "--ServerApp.port_retries=0", "--IdentityProvider.token=", "--ServerApp.password=",
+             f"--ServerApp.root_dir={folder}", "--LabApp.expose_app_in_browser=True"]
+    with open(folder / "lab.log", "w") as log:
+        server = subprocess.Popen([sys.executable, *words], cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT)
+    address = f"http://127.0.0.1:{port}"
+    try:
+        for _ in range(120):
+            try: urllib.request.urlopen(f"{address}/api/status", timeout=2).read(); break
+            except OSError: time.sleep(0.5)
+            assert server.poll() is None, (folder / "lab.log").read_text()
+        yield address
+    finally:
+        server.terminate()
+        try: server.wait(15)
+        except subprocess.TimeoutExpired: server.kill()
+
+
+def write_notebook(file: Path, cells: list):
+    "A notebook of code cells."
+    notebook = nbformat.v4.new_notebook(metadata={"kernelspec": {"name": "python3", "display_name": "Python 3", "language": "python"}})
+    notebook.cells = [nbformat.v4.new_code_cell(source) for source in cells]
+    nbformat.write(notebook, file)
+
+
+def run_notebook(page, address: str, name: str):
+    "Open a notebook in JupyterLab and run all its cells."
+    page.goto(f"{address}/lab/tree/{name}")
+    idle = page.get_by_text("| Idle")
+    idle.first.wait_for(timeout=90_000)
+    page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
+    page.wait_for_function("() => { const prompts = [...document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputPrompt')].map(p => p.textContent); return prompts.length && prompts.every(p => /\\[\\d+\\]/.test(p)); }", timeout=120_000)
+    idle.first.wait_for(timeout=60_000)
 
 
 launch = chromium # the site's tests call it so

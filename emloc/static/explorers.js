@@ -171,7 +171,6 @@ function ranks({ model, el }) {
   const table = model.get("table"), names = table.names, choices = Object.keys(table.choices);
   const titles = { uniform: "one ratio for all", spectrum: "as the spectra ask" };
   const blocks = 1 + Math.max(...table.places.map(p => p[1])), rows = [...new Set(table.places.map(p => p[0]))];
-  const top = Math.max(...choices.flatMap(c => table.choices[c].flat()));
   const size = list => table.model_bytes - table.item * list.reduce((sum, k, i) => sum + (k ? table.shapes[i][0] * table.shapes[i][1] - k * (table.shapes[i][0] + table.shapes[i][1]) : 0), 0);
   // the peak of stage 2 is the emulator's bytes and what is nearly the same for every emulator: simulated at some sizes, a line between them
   const peak = b => {
@@ -192,7 +191,7 @@ function ranks({ model, el }) {
   };
   const tokens = number("tokens of a row", "seq_len"), batch = number("rows of a batch", "batch_size");
   const [useSet, uses] = radios("build", `${id}-use`, Object.fromEntries(choices.map(c => [c, titles[c] ?? c])), v => change("choice", v));
-  const reading = make("output", { "aria-live": "polite" }), hovered = make("div", { class: "hover" });
+  const reading = make("output", { "aria-live": "polite" }), hovered = make("div", { class: "hover" }), scale = make("span");
   const cell = Math.max(6, Math.min(14, 330 / blocks)), W = 86 + blocks * cell + 4, H = 24 + rows.length * 16 + 18;
   const maps = Object.fromEntries(choices.map(c => {
     const svg = make("svg", { viewBox: `0 0 ${W} ${H}`, role: "img", "aria-label": `ranks, ${titles[c] ?? c}` });
@@ -223,6 +222,8 @@ function ranks({ model, el }) {
     if (model.get("mode") === "budget") fit();
     const i = index();
     slider.value = i; slider.setAttribute("aria-valuetext", `ratio ${table.ratios[i]}`); shown.textContent = table.ratios[i];
+    const top = Math.max(...choices.flatMap(c => current(c)));
+    scale.textContent = `${top}; an empty cell stays dense`;
     const said = choices.map(c => {
       const list = current(c), b = size(list);
       maps[c].title.textContent = `${titles[c] ?? c}: ranks ${Math.min(...list.filter(k => k))} to ${Math.max(...list)}`;
@@ -235,7 +236,7 @@ function ranks({ model, el }) {
   box.append(make("div", { class: "row" }, modeSet, make("label", {}, "ratio", slider), shown),
     make("div", { class: "row" }, make("label", {}, "budget", budget), make("label", {}, "tokens", tokens), make("label", {}, "batch", batch), useSet),
     make("div", { class: "plots" }, ...choices.map(c => make("figure", {}, maps[c].svg))),
-    make("div", { class: "row" }, "rank 1", make("span", { style: `display:inline-block;width:120px;height:10px;background:linear-gradient(90deg,${[0, 0.25, 0.5, 0.75, 1].map(viridis).join(",")})` }), `${top}; an empty cell stays dense`),
+    make("div", { class: "row" }, "rank 1", make("span", { style: `display:inline-block;width:120px;height:10px;background:linear-gradient(90deg,${[0, 0.25, 0.5, 0.75, 1].map(viridis).join(",")})` }), scale),
     reading, hovered, problem);
   for (const name of ["mode", "ratio", "budget", "choice", "knots", "problem", "alive", "seq_len", "batch_size"]) model.on(`change:${name}`, all);
   all();

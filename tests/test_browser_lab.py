@@ -1,0 +1,253 @@
+"""Every widget in a real JupyterLab: opened, moved by mouse and keyboard, and compared with what the library computes."""
+import json
+import re
+
+import pytest
+from browser import chromium, jupyter_lab, page_of, run_notebook, write_notebook
+from datasets import Dataset
+
+from emloc.corrections import correction_table, summary
+from emloc.emulator import load_spectra
+from emloc.lowrank import emulator_config
+from emloc.ranking import predicted, rank_table, ranks_at, ratio_for
+from emloc.spectra import reading, spectrum_table
+
+CANDIDATES = [{"mode": "none", "strength": 1.0, "nll": 0.779, "accuracy": 0.75}, {"mode": "gram", "strength": 1.0, "nll": 0.762, "accuracy": 0.77}]
+BUDGET = "1.2MiB"
+
+CELLS = ["""
+import json, time, torch
+from pathlib import Path
+from datasets import Dataset
+from IPython.display import display
+import emloc.emulator
+from emloc.finetune import lora_config, train_adapter, training_args
+torch.set_num_threads(1)
+here = json.loads(Path("here.json").read_text())
+rows = Dataset.from_list(here["rows"])
+""", """
+from emloc.spectra import SpectrumExplorer
+spectra = SpectrumExplorer(here["spectra"], block=0, weight="self_attn.q_proj", rank=4)
+spectra
+""", """
+from emloc.ranking import rank_explorer
+whole = emloc.emulator.build_block
+def slow(*args): time.sleep(1); return whole(*args)
+emloc.emulator.build_block = slow
+ranks = rank_explorer(here["ranks"], rows, "built", ratio=0.5)
+ranks
+""", """
+from emloc.monitor import Monitor, train_live
+live = train_live(here["emulator"], rows, "live", lora=lora_config(rank=4), args=training_args("live.checkpoints", steps=20_000, logging_steps=1, save_strategy="no", batch_size=2, bf16=False))
+live
+""", """
+from emloc.corrections import correction_explorer, correction_table
+corrections = correction_explorer(correction_table(here["raw"], here["emulator"], here["model"], rows), here["candidates"])
+corrections
+""", """
+from emloc.playground import playground
+play = playground({"model": (here["model"], None), "emulator with adapter": (here["emulator"], here["raw"])}, "we saw one otter is a", tokens=3)
+play
+""", """
+from emloc.explore import BLUE, play as show
+import matplotlib.pyplot as plt
+def wave(times=2.0):
+    if times > 4: raise ValueError("too fast for the eye")
+    figure, ax = plt.subplots(figsize=(4, 1)); ax.plot(torch.sin(times * torch.linspace(0, 6.28, 200)), color=BLUE); return figure
+show(wave, times=(0.5, 5.0))
+"""]
+
+
+@pytest.fixture(scope="module")
+def here(llama_stages, task, tmp_path_factory):
+    "What the notebook works from, and the folder that it is in."
+    stages, folder = llama_stages, tmp_path_factory.mktemp("lab")
+    rows = task.calibration(24)
+    content = {"rows": rows.to_list(), "model": str(stages.model), "emulator": str(stages.emulator), "raw": str(stages.raw), "candidates": CANDIDATES,
+               "spectra": spectrum_table(stages.model, rows, task.test, blocks=[0, 2]),
+               "ranks": rank_table(str(stages.model), load_spectra(stages.emulator), batch_size=2, seq_len=32)}
+    (folder / "here.json").write_text(json.dumps(content))
+    write_notebook(folder / "widgets.ipynb", CELLS)
+    return content | {"folder": folder}
+
+
+@pytest.fixture(scope="module")
+def page(here):
+    with chromium() as browser, jupyter_lab(here["folder"]) as address, page_of(browser, 1400, 1000) as page:
+        page.set_default_timeout(20_000)
+        run_notebook(page, address, "widgets.ipynb")
+        yield page
+
+
+def cell(page, number: int): return page.locator(".jp-Notebook .jp-CodeCell").nth(number).locator(".jp-OutputArea").first
+
+
+def until(page, look, wanted, seconds: float = 15):
+    "Wait until what is seen in the page is what is wanted."
+    for _ in range(int(seconds * 20)):
+        if (seen := look()) == wanted: return
+        page.wait_for_timeout(50)
+    assert seen == wanted
+
+
+def numbers(text: str) -> list: return [float(n.replace(",", "")) for n in re.findall(r"\d[\d,]*\.?\d*", text)]
+
+
+def drag(page, handle, share: float):
+    "Move a slider by mouse to a share of its width."
+    handle.scroll_into_view_if_needed()
+    box = handle.bounding_box()
+    page.mouse.click(box["x"] + share * box["width"], box["y"] + box["height"] / 2)
+
+
+def spectrum_numbers(table, *choice) -> list:
+    r = reading(table, *choice)
+    entry = next(w for w in table["weights"] if (w["block"], w["weight"]) == choice[:2])
+    return [r["rank"], min(entry["out"], entry["in"]), *(round(100 * r[k], 1) for k in ("kept", "predicted", "actual")), r["parameters"], round(100 * r["share"], 1), entry["out"] * entry["in"]]
+
+
+def near(found: list, wanted: list) -> bool: return len(found) == len(wanted) and all(abs(a - b) <= 0.101 for a, b in zip(found, wanted))
+
+
+def test_spectrum_explorer(page, here):
+    out, table = cell(page, 1), here["spectra"]
+    said = lambda: numbers(out.locator("output").inner_text())
+    curve = lambda: out.locator("svg path").first.get_attribute("d")
+    assert near(said(), spectrum_numbers(table, 0, "self_attn.q_proj", 4))
+    slider = out.get_by_role("slider", name="rank")
+    slider.focus()
+    for _ in range(3): page.keyboard.press("ArrowRight")
+    assert near(said(), spectrum_numbers(table, 0, "self_attn.q_proj", 7))
+    before = curve()
+    out.get_by_label("block", exact=True).first.select_option("2")
+    out.get_by_label("weight", exact=True).first.select_option("mlp.up_proj")
+    assert curve() != before and near(said(), spectrum_numbers(table, 2, "mlp.up_proj", 7))
+    drag(page, slider, 0.5)
+    rank = int(said()[0])
+    assert 10 <= rank <= 22 and near(said(), spectrum_numbers(table, 2, "mlp.up_proj", rank))
+    before = curve()
+    out.get_by_label("logarithmic").click()
+    assert curve() != before
+    out.get_by_label("the weight alone").check()
+    assert near(said(), spectrum_numbers(table, 2, "mlp.up_proj", rank, False))
+    out.locator("svg").first.hover()
+    assert "predicted error" in out.locator(".hover").inner_text()
+
+
+def test_rank_explorer(page, here):
+    out, table = cell(page, 2), here["ranks"]
+    lines = lambda: [numbers(l) for l in out.locator("output").inner_text().splitlines()]
+    def wanted(ratio):
+        found = [predicted(table, ranks_at(table, c, ratio)) for c in table["choices"]]
+        return [[f["emulator_bytes"] / 2**20, table["model_bytes"] / 2**20, 2, f["peak_bytes"] / 2**20] for f in found]
+    agree = lambda ratio: all(near(a, b) for a, b in zip(lines(), wanted(ratio)))
+    fills = lambda: out.locator("svg rect").evaluate_all("cells => cells.map(c => c.getAttribute('fill')).join()")
+    assert agree(0.5)
+    slider, before = out.get_by_role("slider", name="ratio"), fills()
+    slider.focus()
+    page.keyboard.press("Home")
+    assert agree(0.025) and fills() != before
+    drag(page, slider, 0.7)
+    ratio = float(slider.get_attribute("aria-valuetext").split()[1])
+    assert 0.5 < ratio < 0.8 and agree(ratio)
+    budget = out.get_by_label("memory budget", exact=True).and_(page.locator("input[type=text]"))
+    budget.fill(BUDGET)
+    budget.press("Enter")
+    fitting = ratio_for(table, BUDGET)
+    until(page, lambda: float(slider.get_attribute("aria-valuetext").split()[1]), fitting)
+    budget.fill("24 apples")
+    budget.press("Enter")
+    until(page, lambda: "24 apples: not a size" in out.locator(".emloc > [role=alert]").inner_text(), True)
+    out.get_by_label("rows of a batch").fill("0")
+    out.get_by_label("rows of a batch").press("Enter")
+    out.get_by_label("ratio", exact=True).and_(page.locator("input[type=radio]")).check()
+    until(page, lambda: "each must be at least 1" in out.locator(".emloc > [role=alert]").inner_text(), True)
+    out.get_by_label("rows of a batch").fill("2")
+    out.get_by_label("rows of a batch").press("Enter")
+    until(page, lambda: out.locator(".emloc > [role=alert]").inner_text(), "")
+
+
+def test_the_emulator_on_the_screen_is_built_and_cancelled(page, here):
+    out, built = cell(page, 2), here["folder"] / "built"
+    out.get_by_label("as the spectra ask").check()
+    ratio = float(out.get_by_role("slider", name="ratio").get_attribute("aria-valuetext").split()[1])
+    out.get_by_role("button", name="Build this emulator").click()
+    out.get_by_text("1 of 3").wait_for()
+    out.get_by_role("button", name="Cancel").click()
+    out.get_by_text("Stopped.").wait_for()
+    assert not built.exists() and built.with_name("built.partial").is_dir()
+    out.get_by_role("button", name="Build this emulator").click()
+    out.get_by_text("The emulator is in built").wait_for()
+    assert emulator_config(built).ranks == ranks_at(here["ranks"], "spectrum", ratio)
+    out.get_by_role("button", name="Build this emulator").focus()
+    page.keyboard.press("Enter")
+    out.locator(".widget-html [role=alert]").wait_for()
+    assert "there is something here already" in out.locator(".widget-html [role=alert]").inner_text()
+
+
+def test_training_monitor(page, here):
+    out = cell(page, 3)
+    picture = lambda: out.locator("img").get_attribute("src")
+    first = picture()
+    out.get_by_role("button", name="Train", exact=True).click()
+    out.get_by_text(re.compile(r"step \d+ of 20000, loss")).wait_for()
+    until(page, lambda: picture() != first, True)
+    out.get_by_role("button", name="Stop training").focus()
+    page.keyboard.press("Space")
+    out.get_by_text("stopped: what was learnt so far is kept").wait_for()
+    out.get_by_text("Stopped early; what was learnt is in live").wait_for()
+    assert (here["folder"] / "live" / "adapter_model.safetensors").is_file()
+
+
+def test_correction_explorer(page, here):
+    out = cell(page, 4)
+    table = correction_table(here["raw"], here["emulator"], here["model"], Dataset.from_list(here["rows"]))
+    said, picture = (lambda: out.locator("[role=status]").inner_text().split("; judged")[0]), (lambda: out.locator("img").get_attribute("src"))
+    expect = lambda *choice: summary(table.misalignment("none"), table.misalignment(*choice))
+    until(page, said, expect("gram"))
+    before = picture()
+    out.get_by_role("button", name="clamp").click()
+    until(page, said, expect("clamp", 3.0))
+    assert picture() != before
+    handles = out.locator(".noUi-handle")
+    handles.nth(0).focus()
+    for _ in range(10): page.keyboard.press("ArrowLeft")
+    limit = 10 ** (round((0.4771212547196624 + 2) / 0.05) * 0.05 - 2)
+    shown = lambda i: float(out.locator(".widget-readout").nth(i).inner_text())
+    until(page, lambda: shown(0) < 1.2, True)
+    page.wait_for_timeout(300)
+    assert abs(numbers(said())[1] - numbers(expect("clamp", shown(0)))[1]) < 0.02 * numbers(said())[1] and shown(0) < limit
+    before = picture()
+    drag(page, out.locator(".noUi-target").nth(1), 0.8)
+    until(page, lambda: picture() != before, True)
+    out.get_by_role("button", name="none").click()
+    until(page, said, expect("none", 3.0, shown(1)))
+
+
+def test_playground(page, here):
+    from emloc.evaluate import open_model
+    from emloc.playground import complete
+    out = cell(page, 5)
+    out.get_by_role("button", name="Generate").click()
+    out.get_by_text("done", exact=True).wait_for()
+    for name, models in (("model", (here["model"], None)), ("emulator with adapter", (here["emulator"], here["raw"]))):
+        wanted = complete(*open_model(*models), "we saw one otter is a", tokens=3)
+        assert out.locator(f"section[aria-label='{name}'] div").text_content() == wanted
+    out.locator("textarea").fill("")
+    out.get_by_role("button", name="Generate").click()
+    out.locator("[role=alert]").wait_for()
+    assert "the prompt is empty" in out.locator("[role=alert]").inner_text()
+
+
+def test_panel_and_its_error(page):
+    out = cell(page, 6)
+    before = out.locator("img").get_attribute("src")
+    out.locator(".noUi-handle").focus()
+    page.keyboard.press("ArrowRight")
+    until(page, lambda: out.locator("img").get_attribute("src") != before, True)
+    page.keyboard.press("End")
+    out.locator("[role=alert]").wait_for()
+    assert "too fast for the eye" in out.locator("[role=alert]").inner_text()
+
+
+def test_no_script_failed(page): assert page.errors == []
