@@ -78,7 +78,7 @@ def test_a_name_in_the_text_leads_to_the_reference(page, address):
 
 
 def test_pictures_load(page, address):
-    for path in ("index.html", "10_spectrum.html", "tutorials/01_three_stages.html"):
+    for path in ("index.html", "10_spectrum.html", "tutorials/01_memory.html"):
         page.goto(address + path)
         pictures = page.locator("main img")
         assert pictures.count() and all(pictures.evaluate_all("found => found.map(p => p.complete && p.naturalWidth > 0)"))
