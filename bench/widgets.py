@@ -70,7 +70,15 @@ def measure(moves: int = 15) -> dict:
     return found
 
 
+def table(result: dict) -> str:
+    "Markdown."
+    lines = ["From a key press to the redrawn picture in JupyterLab, in Chromium", "", "| widget | median, ms | worst, ms | moves |", "| --- | --- | --- | --- |"]
+    lines += [f"| {name} | {w['median_ms']:.0f} | {w['worst_ms']:.0f} | {w['moves']} |" for name, w in result["widgets"].items()]
+    return "\n".join([*lines, "", f"({machine.line(result['machine'])}; load average before: {result['load_average_before']})"])
+
+
 if __name__ == "__main__":
     load = os.getloadavg()[0]
     result = {"machine": machine.describe(), "load_average_before": round(load, 1), "widgets": measure()}
+    result["markdown"] = table(result)
     (ROOT / "bench" / "results" / "widgets.json").write_text(json.dumps(result, indent=1) + "\n")

@@ -48,7 +48,7 @@ def test_navigation(page, address, size):
     page.wait_for_url("**/10_spectrum.html")
     assert page.locator("h1").inner_text() == "spectrum"
     page.locator(".nav-page-next a").click()
-    page.wait_for_url("**/11_rank.html")
+    page.wait_for_url("**/10a_fisher.html")
 
 
 def test_search_finds_a_term_and_goes_there(page, address, size):
