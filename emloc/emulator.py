@@ -122,37 +122,33 @@ def build_block(
         for mine, theirs in zip((tensors, sigmas, errors), found): mine |= theirs
     return BuiltBlock(tensors, sigmas, errors)
 
-# %% ../nbs/12_emulator.ipynb #50b235f9
+# %% ../nbs/12_emulator.ipynb #d164204d
 def forward_pass(
     walk: Walk, # before it has begun
     run: Run, # keeps what goes into each block
 ):
     "All blocks in order. Afterwards the walk has the last hidden states, and the run's state the inputs of every block."
-    for step in run.blocks("forward", walk):
-        if step.index: walk.save(run.state / f"inputs-{step.index:05d}{run.part}.safetensors", step.index)
-        step.run()
+    for step in run.blocks("forward", walk, keep=True): step.run()
 
 def backward_pass(
     walk: Walk, # after the last block
     run: Run, # with the inputs of every block; keeps the gradients, block by block
 ): # yields (step, look): a block in memory, from the last to the first, and what `build_block` looks at it with
     "The blocks in reverse. Each is done when the loop asks for the next, and its inputs are then dropped."
-    blocks, done = len(walk), run.done.get("backward", 0)
-    file = lambda kind, n: run.state / f"{kind}-{n:05d}{run.part}.safetensors"
+    blocks, done = len(walk), run.done.get("emulator", 0)
     if done == blocks: return
-    gradients = [t for _, t in sorted(load_file(file("gradients", done)).items())] if done else loss_gradient(walk)[1]
+    gradients = [t for _, t in sorted(load_file(run.file("gradients", done)).items())] if done else loss_gradient(walk)[1]
     walk.hidden[0] = [None] * len(walk.batches)
-    run.bar = tqdm(reversed(range(blocks - done)), desc="emulator", unit="block", initial=done, total=blocks, disable=not run.main)
-    for index in run.bar:
+    for index in run.counted("emulator", reversed(range(blocks - done)), blocks):
         inputs = [None] * len(walk.batches)
-        for key, hidden in (load_file(file("inputs", index)) if index else {}).items(): inputs[int(key.split(".")[1])] = hidden
+        for key, hidden in (load_file(run.file("forward", index)) if index else {}).items(): inputs[int(key.split(".")[1])] = hidden
         def look(step):
             with watched_inputs(step) as own: found = output_gradients(step, inputs, gradients)
             return Seen(add_up(own, step, lambda weight: weight.shape[1]), add_up({(n,): g for n, g in found.items()}, step, len))
         with walk.block(index) as step: yield step, look
-        if index: save_file({f"{i:05d}": g.contiguous() for i, g in enumerate(gradients)}, file("gradients", blocks - index))
-        run.mark("backward", blocks - index)
-        for old in (file("inputs", index), file("gradients", blocks - index - 1)): old.unlink(missing_ok=True)
+        if index: save_file({f"{i:05d}": g.contiguous() for i, g in enumerate(gradients)}, run.file("gradients", blocks - index))
+        run.mark("emulator", blocks - index)
+        for old in (run.file("forward", index), run.file("gradients", blocks - index - 1)): old.unlink(missing_ok=True)
 
 # %% ../nbs/12_emulator.ipynb #180c6660
 def choose_ranks(

@@ -21,7 +21,7 @@ from .spectrum import Gram
 from .walk import Walk, completion_losses, keep_last
 
 # %% auto #0
-__all__ = ['needed', 'answer', 'sequence_losses', 'generated', 'said', 'open_model', 'evaluate_task', 'score_rows',
+__all__ = ['needed', 'answer', 'sequence_losses', 'generated', 'said', 'open_model', 'evaluate_task', 'score_rows', 'input_grams',
            'alignment_report']
 
 # %% ../nbs/50_evaluate.ipynb #331aa5a8
@@ -157,7 +157,22 @@ def score_rows(
     else: right = [text == said(row) for text, row in zip(generated(model, tokenizer, test, batch_size, max_length), test)]
     return {"accuracy": sum(right) / len(right), "nll": sum(l for l, _ in losses) / sum(k for _, k in losses), "rows": len(test)}
 
-# %% ../nbs/50_evaluate.ipynb #32046567
+# %% ../nbs/50_evaluate.ipynb #c06b306d
+def input_grams(
+    step, # a block of a walk
+    wanted, # names of modules
+) -> dict: # {module: Gram}
+    "Run a block, and what its linears saw."
+    grams = {}
+    def add(names, x):
+        if not set(names) & set(wanted): return
+        gram = next((grams[n] for n in names if n in grams), None) or Gram(x.shape[-1], device=x.device)
+        grams.update(dict.fromkeys(names, gram.add(x)))
+    hooks = step.on_inputs(add)
+    step.run()
+    hooks.remove()
+    return grams
+
 def alignment_report(
     raw, # the adapter directory of stage 2
     corrected: dict, # {name: corrected adapter directory}
@@ -170,13 +185,7 @@ def alignment_report(
     trained, others = read_adapter(raw), {n: read_adapter(p) for n, p in corrected.items()}
     pieces, report = Pieces(trained, emulator, Checkpoint(find_model(model))), []
     for step in tqdm(Walk(pieces.checkpoint, rows, **walk_options), desc="alignment", unit="block"):
-        grams = {}
-        def add(names, x):
-            gram = next((grams[n] for n in names if n in grams), None) or Gram(x.shape[-1], device=x.device)
-            grams.update(dict.fromkeys(names, gram.add(x)))
-        hooks = step.on_inputs(add)
-        step.run()
-        hooks.remove()
+        grams = input_grams(step, trained.pairs)
         for module in [n for n in step.linears if n in trained.pairs]:
             G, D = grams[module].matrix.cpu(), pieces.difference(module)
             delta = lambda a: a.scaling(module) * a.pairs[module][1] @ a.pairs[module][0]

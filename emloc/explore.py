@@ -22,11 +22,11 @@ BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#c
 COLOURS = {"none": GREY, "clamp": ORANGE, "gram": BLUE, "auto": GREEN}
 
 # %% auto #0
-__all__ = ['BLUE', 'ORANGE', 'GREEN', 'PINK', 'SKY', 'RED', 'GREY', 'COLOURS', 'png', 'alert', 'picture_box', 'Keys', 'Panel',
-           'panel', 'play', 'spectrum_figure', 'by_block', 'heat', 'rank_figure', 'error_figure', 'candidate_figure',
-           'plan_figure', 'score_figure', 'alignment_figure']
+__all__ = ['BLUE', 'ORANGE', 'GREEN', 'PINK', 'SKY', 'RED', 'GREY', 'COLOURS', 'WIDGET', 'png', 'alert', 'picture_box', 'Keys',
+           'view_of', 'Panel', 'panel', 'play', 'spectrum_figure', 'by_block', 'heat', 'rank_figure', 'error_figure',
+           'candidate_figure', 'plan_figure', 'score_figure', 'alignment_figure']
 
-# %% ../nbs/60_explore.ipynb #f76584cb
+# %% ../nbs/60_explore.ipynb #ad455731
 def png(
     figure: Figure, # closed afterwards
     dpi: int = 80,
@@ -56,6 +56,15 @@ class Keys(anywidget.AnyWidget):
       document.addEventListener("focusin", event => { if (event.target.closest(".emloc-panel")) event.target.setAttribute("data-lm-suppress-shortcuts", "true"); });
     }, render() {} };"""
 
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
+def view_of(
+    widget,
+    text: str, # what it is
+) -> dict: # by mime type
+    "How a notebook names a live widget in a cell's output."
+    return {WIDGET: {"version_major": 2, "version_minor": 0, "model_id": widget.model_id}, "text/plain": text}
+
 class Panel(widgets.VBox):
     "Widgets in a column, with a picture for pages without a kernel."
     def __init__(
@@ -70,7 +79,7 @@ class Panel(widgets.VBox):
         self.still, self.text = still, text
 
     def _repr_mimebundle_(self, **kwargs):
-        view = {"application/vnd.jupyter.widget-view+json": {"version_major": 2, "version_minor": 0, "model_id": self.model_id}, "text/plain": self.text}
+        view = view_of(self, self.text)
         found = self.still() if self.still else None
         return view | ({"image/png": base64.b64encode(found).decode()} if found else {"text/html": f"<p>{html.escape(self.text)}</p>"})
 

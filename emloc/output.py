@@ -89,7 +89,7 @@ def watching(
     try: yield
     finally: _watcher.reset(token)
 
-# %% ../nbs/00a_output.ipynb #4fb2a6c3
+# %% ../nbs/00a_output.ipynb #7466a9c7
 def processes() -> PartialState: # accelerate's: num_processes, process_index, is_main_process, wait_for_everyone()
     "The processes that were launched together; without a GPU they talk through the CPU."
     return PartialState(cpu=not torch.cuda.is_available())
@@ -122,9 +122,6 @@ class Run:
     @property
     def main(self) -> bool: return self.team is None or self.team.is_main_process # the one that writes
 
-    @property
-    def part(self) -> str: return f"-{self.team.process_index}" if self.team else "" # of the names of files that each process has for itself
-
     def wait(self): # for the other processes
         if self.team: self.team.wait_for_everyone()
 
@@ -152,25 +149,44 @@ class Run:
         if self.main: write_json(self.state / "manifest.json", {"settings": self.settings, "done": self.done, "notes": self.notes})
         self.wait()
 
+    def file(
+        self,
+        label: str, # of a series of steps
+        n: int, # steps that are done
+        walk: int = 0, # which of those that go side by side
+    ) -> Path:
+        "Where this process keeps what the next step begins from."
+        return self.state / f"{label}-{n:05d}-{walk}{f'-{self.team.process_index}' if self.team else ''}.safetensors"
+
+    def counted(
+        self,
+        label: str, # of a series of steps
+        left, # the steps that are left
+        total: int, # with those that are done
+    ):
+        "Steps with a bar, or for those who are watching with a word after each."
+        done, tell = self.done.get(label, 0), _watcher.get()
+        self.bar = tqdm(left, desc=label, unit="block", initial=done, total=total, disable=not self.main or tell is not None)
+        if tell: tell(label, done, total)
+        for n, step in enumerate(self.bar, done + 1):
+            yield step
+            if tell: tell(label, n, total)
+
     def blocks(
         self,
         label: str, # of this pass
         *walks, # that go side by side
+        keep: bool = False, # leave what goes into each block in `file`
     ):
         "The blocks of a walk that are left, with a bar; each is done when the loop asks for the next."
         done = self.done.get(label, 0)
-        file = lambda n, i: self.state / f"{label}-{n:05d}-{i}{self.part}.safetensors"
-        for i, walk in enumerate(walks) if done else (): walk.resume(file(done, i), done)
-        tell, blocks = _watcher.get(), len(walks[0])
-        self.bar = tqdm(zip(*walks), desc=label, unit="block", initial=done, total=blocks, disable=not self.main or tell is not None)
-        if tell: tell(label, done, blocks)
-        for steps in self.bar:
+        for i, walk in enumerate(walks) if done else (): walk.resume(self.file(label, done, i), done)
+        for steps in self.counted(label, zip(*walks), len(walks[0])):
             yield steps if len(walks) > 1 else steps[0]
             n = steps[0].index + 1
-            for i, walk in enumerate(walks): walk.save(file(n, i), n)
+            for i, walk in enumerate(walks): walk.save(self.file(label, n, i), n)
             self.mark(label, n)
-            for i in range(len(walks)): file(n - 1, i).unlink(missing_ok=True)
-            if tell: tell(label, n, blocks)
+            for i in range(0 if keep else len(walks)): self.file(label, n - 1, i).unlink(missing_ok=True)
 
     def __exit__(self, kind, error, trace):
         if kind is None:
