@@ -18,37 +18,34 @@ def emulator(model, task, tmp_path):
 def batch_of(anchors, rows, path):
     tokenizer = load_tokenizer(path)
     encoded = encode_rows(rows, tokenizer).add_column("row", list(range(len(rows))))
-    return anchors.collator(tokenizer)([encoded[i] for i in range(len(rows))])
+    batch = anchors.collator(tokenizer)([encoded[i] for i in range(len(rows))])
+    return batch, {"rows": batch.pop("row"), "tokens": batch["input_ids"].shape[1]}
 
 
 @pytest.mark.parametrize("every", [1, 2])
 def test_with_the_lora_at_zero_the_logits_are_the_models(every, model, emulator, task, tmp_path):
     rows = task.train.select(range(6))
     anchors = Anchors(compute_anchors(emulator, model, rows, tmp_path / "anchors", every=every, stored="float32", batch_size=2))
-    batch = batch_of(anchors, rows, model)
+    batch, which = batch_of(anchors, rows, model)
     inputs = {k: batch[k] for k in ("input_ids", "attention_mask")}
     small, seen = wrap(load_emulator(emulator)).eval(), batch["attention_mask"].bool()
     with torch.no_grad(), anchors.attached(small):
         expected, bare = tiny.load(model)(**inputs).logits[seen], small(**inputs).logits[seen]
-        anchors.current = batch["anchors"]
-        anchored = small(**inputs).logits[seen]
+        with anchors.batch(**which): anchored = small(**inputs).logits[seen]
     assert tiny.differs(anchored, expected) < 1e-3 < tiny.differs(bare, expected)
 
 
 def test_gradient_checkpointing_sees_the_same_anchors(llama_stages, task, tmp_path):
     rows, s = task.train.select(range(6)), llama_stages
     anchors = Anchors(compute_anchors(s.emulator, s.model, rows, tmp_path / "anchors"))
-    batch, gradients = batch_of(anchors, rows, s.model), []
-    residuals = batch.pop("anchors")
+    (batch, which), gradients = batch_of(anchors, rows, s.model), []
     for checkpointing in (False, True):
         torch.manual_seed(0)
         model = wrap(load_emulator(s.emulator)).train()
         if checkpointing:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": False})
-        with anchors.attached(model):
-            anchors.current = residuals
-            model(**batch).loss.backward()
+        with anchors.attached(model), anchors.batch(**which): model(**batch).loss.backward()
         gradients.append(torch.cat([p.grad.flatten() for n, p in model.named_parameters() if "lora_B" in n]))
     assert gradients[0].abs().max() > 0
     assert torch.allclose(*gradients, rtol=1e-4, atol=1e-6)

@@ -15,6 +15,7 @@ from emloc.finetune import lora_config, train_adapter, training_args
 from emloc.merge import merge_adapter
 from emloc.output import Run, last_checkpoint, new_directory
 from emloc.polish import polish_adapter
+from emloc.rounds import Rounds
 
 
 def test_a_new_directory_has_its_name_when_it_is_complete(tmp_path):
@@ -81,6 +82,8 @@ STAGES = {
     "anchors": lambda s, task, out: compute_anchors(s.emulator, s.model, task.train.select(range(6)), out, every=2),
     "adapter": lambda s, task, out: train_adapter(s.emulator, task.train, out, lora=lora_config(rank=2, targets=["q_proj"], lora_dropout=0.1),
                                                   args=training_args(f"{out}.checkpoints", steps=6, save_steps=2, bf16=False, disable_tqdm=True)),
+    "adapter with rounds": lambda s, task, out: train_adapter(s.emulator, task.train, out, lora=lora_config(rank=2, targets=["q_proj"], lora_dropout=0.1), anchors=Rounds(s.model, 3),
+                                                              args=training_args(f"{out}.checkpoints", steps=6, save_steps=2, bf16=False, disable_tqdm=True)),
     "corrected": lambda s, task, out: correct_adapter(s.raw, s.emulator, s.model, out, calibration=task.train.select(range(8)), held_out=task.validation),
     "polished": lambda s, task, out: polish_adapter(s.corrected, s.model, task.train, out, steps=3, rows=4),
     "merged": lambda s, task, out: merge_adapter(s.sharded, s.corrected, out),

@@ -18,8 +18,8 @@ def corrected(stages, tmp_path):
 
 def test_the_streamed_gradient_is_autograds_on_the_whole_model(stages, corrected, task):
     lora, rows = read_adapter(corrected), encode_rows(task.train.select(range(6)), tiny.tokenizer())
-    pairs = {m: (A.clone().requires_grad_(), B.clone().requires_grad_()) for m, (A, B) in lora.pairs.items()}
-    loss = lora_gradient(Walk(stages.model, rows, batch_size=4), pairs, {m: lora.scaling(m) for m in pairs})
+    pairs = {m: (A.clone().requires_grad_(), B.clone().requires_grad_(), s) for m, (A, B, s) in lora.scaled().items()}
+    loss = lora_gradient(Walk(stages.model, rows, batch_size=4), pairs)
     whole = PeftModel.from_pretrained(tiny.load(stages.model), corrected, is_trainable=True).eval()
     batch = collator(tiny.tokenizer())([rows[i] for i in range(6)])
     losses, tokens = completion_losses(whole(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits, batch["labels"])
@@ -27,7 +27,7 @@ def test_the_streamed_gradient_is_autograds_on_the_whole_model(stages, corrected
     expected.backward()
     assert loss == pytest.approx(float(expected), abs=1e-5)
     gradients = {n: p.grad for n, p in whole.named_parameters() if p.requires_grad}
-    for m, (A, B) in pairs.items():
+    for m, (A, B, _) in pairs.items():
         for t, which in ((A, "A"), (B, "B")):
             theirs = gradients[f"base_model.model.{m}.lora_{which}.default.weight"]
             assert torch.allclose(t.grad, theirs, rtol=1e-3, atol=1e-5 * float(theirs.abs().max())), (m, which)

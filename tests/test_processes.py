@@ -9,6 +9,7 @@ import tiny
 
 from emloc.emulator import build_emulator
 from emloc.finetune import lora_config, train_adapter, training_args
+from emloc.rounds import Rounds
 
 SCRIPT = """
 import os, signal, sys
@@ -17,6 +18,7 @@ import torch, emloc.emulator, emloc.output
 from datasets import Dataset
 from emloc.emulator import build_emulator
 from emloc.finetune import lora_config, train_adapter, training_args
+from emloc.rounds import Rounds
 torch.set_num_threads(1)
 model, out, deadly = sys.argv[1:]
 rows = Dataset.from_json({rows!r})
@@ -27,7 +29,9 @@ def build_block(step, *more):
     return real(step, *more)
 emloc.emulator.build_block = build_block
 emulator = build_emulator(model, rows, out + "/emulator", ratio=0.5)
-train_adapter(emulator, rows, out + "/raw", lora=lora_config(rank=4, alpha=8), args=training_args(out + "/checkpoints", steps=3, lr=1e-2, batch_size=4, bf16=False, disable_tqdm=True))
+for name, rounds in (("raw", None), ("rounds", Rounds(model, 2, stored="float32"))):
+    train_adapter(emulator, rows, f"{{out}}/{{name}}", lora=lora_config(rank=4, alpha=8), anchors=rounds,
+                  args=training_args(f"{{out}}/{{name}}.checkpoints", steps=3, lr=1e-2, batch_size=4, bf16=False, disable_tqdm=True))
 open(out + "/built-" + os.environ["RANK"], "w").write(str(built))
 """
 
@@ -51,18 +55,20 @@ def launch(llama, task, tmp_path_factory):
 
 def test_two_processes_do_what_one_does_and_go_on_after_a_kill(launch, llama, task, tmp_path):
     emulator = build_emulator(llama, task.train, tmp_path / "emulator", ratio=0.5)
-    raw = train_adapter(emulator, task.train, tmp_path / "raw", lora=lora_config(rank=4, alpha=8),
-                        args=training_args(tmp_path / "checkpoints", steps=3, lr=1e-2, batch_size=8, bf16=False, disable_tqdm=True))
+    one = {name: train_adapter(emulator, task.train, tmp_path / name, lora=lora_config(rank=4, alpha=8), anchors=rounds,
+                               args=training_args(tmp_path / f"{name}.checkpoints", steps=3, lr=1e-2, batch_size=8, bf16=False, disable_tqdm=True))
+           for name, rounds in (("raw", None), ("rounds", Rounds(llama, 2, stored="float32")))}
     out = tmp_path / "two"
     assert launch(out, deadly=True) != 0
     assert not (out / "emulator").exists() and json.loads((out / "emulator.partial" / ".state" / "manifest.json").read_text())["done"] == {"emulator": 1}
     launch(out, deadly=False)
     assert [(out / f"built-{rank}").read_text() for rank in (0, 1)] == ["[1, 2]", "[1, 2]"] # block 0 was not done again
-    assert sorted(p.name for p in out.iterdir()) == ["built-0", "built-1", "checkpoints", "emulator", "raw"]
+    assert sorted(p.name for p in out.iterdir()) == ["built-0", "built-1", "emulator", "raw", "rounds"]
     from emloc.finetune import load_adapter
     from emloc.lowrank import load_emulator
     assert sorted(f.name for f in (out / "emulator").iterdir()) == sorted(f.name for f in emulator.iterdir())
-    one, two = tiny.logits(load_emulator(emulator)), tiny.logits(load_emulator(out / "emulator"))
-    assert tiny.differs(one, two) < 1e-3
-    trained, shared = (tiny.logits(load_adapter(load_emulator(e), r)) for e, r in ((emulator, raw), (out / "emulator", out / "raw")))
-    assert tiny.differs(trained, shared) < 1e-2 < tiny.differs(one, trained)
+    plain, theirs = tiny.logits(load_emulator(emulator)), tiny.logits(load_emulator(out / "emulator"))
+    assert tiny.differs(plain, theirs) < 1e-3
+    for name, raw in one.items():
+        trained, shared = (tiny.logits(load_adapter(load_emulator(e), r)) for e, r in ((emulator, raw), (out / "emulator", out / name)))
+        assert tiny.differs(trained, shared) < 1e-2 < tiny.differs(plain, trained)
