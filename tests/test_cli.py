@@ -108,3 +108,12 @@ def test_an_output_that_exists_is_not_overwritten(stages, rows, llama, capsys):
 def test_the_module_is_a_program():
     done = subprocess.run([sys.executable, "-m", "emloc.cli", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "finetune" in done.stdout
+
+
+@pytest.mark.parametrize("again", [0, 1])
+def test_finetune_makes_anchors_once_or_in_rounds(again, stages, rows, llama, tmp_path):
+    words = ["finetune", stages / "emulate", rows, "--steps", "2", "--rank", "2", "--anchor-every", "2", "--anchor-again", again, "--out", tmp_path / "raw"]
+    assert main([*map(str, words)]) == 0
+    from emloc.adapter import read_adapter
+    assert read_adapter(tmp_path / "raw").info["anchors"] == {"every": 2, "stored": "bfloat16"} | ({"again": 1} if again else {})
+    assert sorted(p.name for p in tmp_path.iterdir()) == (["raw"] if again else ["raw", "raw.anchors"])

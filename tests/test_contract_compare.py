@@ -26,11 +26,11 @@ def test_every_method_with_every_seed_and_nothing_twice(setting, task, tmp_path,
     found = Comparison(task, tmp_path / "out", setting, say=lambda line: None).run(METHODS)
     assert [(r["name"], r["seed"]) for r in found["rows"]] == [(m.name, s) for s in (0, 1) for m in METHODS]
     assert all(r["nll_share"] == 1 for r in found["rows"] if r["name"] == METHODS[0].name)
-    best = {name: min(setting.rates, key=lambda rate: found["scores"][f"0/{folder}-{rate:g} on validation rows"]["nll"]) for name, folder in (("LoRA on the model", "raw-model-0"),)}
+    best = {name: min(setting.rates, key=lambda rate: found["scores"][f"0/{folder}-{rate:g} on validation rows"]["nll"]) for name, folder in (("LoRA on the model", "raw-model-0-0"),)}
     assert all(r["rate"] == best[r["name"]] for r in found["rows"] if r["name"] in best)
     polished = next(p for p in (tmp_path / "out" / "1").iterdir() if p.name.endswith("-none-10"))
-    assert "polish" in read_adapter(polished).info and read_adapter(polished).info["anchors"] == {"every": 1, "stored": "bfloat16"}
-    for name in ("train_adapter", "train_on_model", "evaluate_task", "build_emulator", "compute_anchors", "polish_adapter"):
+    assert "polish" in read_adapter(polished).info and read_adapter(polished).info["anchors"] == {"every": 1, "stored": "bfloat16", "again": 25}
+    for name in ("train_adapter", "train_on_model", "evaluate_task", "build_emulator", "polish_adapter"):
         monkeypatch.setattr(emloc.compare, name, lambda *args, **options: pytest.fail("done twice"))
     assert Comparison(task, tmp_path / "out", setting, say=lambda line: None).run(METHODS) == found
     with pytest.raises(EmlocError, match="another ratio"): Comparison(task, tmp_path / "out", replace(setting, ratio=0.3)).run(METHODS)

@@ -1,0 +1,59 @@
+"""Of the gain that LoRA on the whole model brings, how much does each method bring? Four tasks, three seeds.
+
+    python bench/recovered.py [--tasks bbc wordnet inflect python] [--seeds 0 1 2] [--steps 150] [--out runs/recovered]
+
+Writes bench/results/recovered.json from all tasks that are finished under --out. What was trained or scored already is not done again.
+"""
+import argparse
+import json
+from pathlib import Path
+
+import machine
+from emloc.compare import METHODS, Comparison, Setting
+from emloc.data import load_task
+
+HERE = Path(__file__).parent
+TITLES = {"bbc": "BBC News: one of 5 sections", "wordnet": "WordNet glosses: one of 15 kinds", "inflect": "lemminflect: inflected forms, exact match",
+          "python": "documentation of Python: language modelling, all tokens"}
+
+
+def mean_share(found: dict, name: str, key: str) -> list:
+    "The shares of a method over tasks and seeds, where there is a score."
+    return [row[key] for task in found.values() for row in task["rows"] if row["name"] == name and row[key] is not None]
+
+
+def table(found: dict, about: dict) -> str:
+    "Markdown: one table for each task, then the mean over tasks and seeds."
+    lines = []
+    for task, result in found.items():
+        s = result["setting"]
+        rates = sorted({row["rate"] for row in result["rows"]})
+        lines += [f"**{TITLES.get(task, task)}** ({s['steps']} steps of {s['batch_size']} rows, {s['rows']} test rows, seeds {', '.join(map(str, s['seeds']))}, "
+                  f"learning rate {', '.join(f'{r:g}' for r in rates)}{' chosen on validation rows' if len(s['rates']) > 1 else ''}):", "", result["markdown"], ""]
+    names = list(dict.fromkeys(row["name"] for result in found.values() for row in result["rows"]))
+    lines += ["**All of them**, mean share of the gain over tasks and seeds (worst run):", "", "| | of the accuracy | of the NLL |", "| --- | --- | --- |"]
+    for name in names:
+        cells = [mean_share(found, name, key) for key in ("accuracy_share", "nll_share")]
+        lines.append(f"| {name} | " + " | ".join(f"{sum(c) / len(c):.3f} ({min(c):.3f})" if c else "–" for c in cells) + " |")
+    first = next(iter(found.values()))["setting"]
+    return "\n".join([f"SmolLM2-135M-Instruct, emulators of ratio {first['ratio']:g}: mean (range) over the seeds", "", *lines, "", f"({machine.line(about)}.)"])
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tasks", nargs="+", default=list(TITLES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--rows", type=int, default=300, help="test rows")
+    parser.add_argument("--lr", type=float, nargs="+", default=[1e-3], help="learning rates to choose among on validation rows")
+    parser.add_argument("--methods", nargs="+", default=[m.name for m in METHODS], help="names of METHODS; the reference is always there")
+    parser.add_argument("--out", type=Path, default=Path("runs/recovered"))
+    args = parser.parse_args()
+    for name in args.tasks:
+        Comparison(load_task(name), args.out / name, Setting(steps=args.steps, rows=args.rows, seeds=tuple(args.seeds), rates=tuple(args.lr))).run([m for m in METHODS if m.name in args.methods])
+    about = machine.describe()
+    found = {name: json.loads(file.read_text()) for name in TITLES if (file := args.out / name / "compare.json").is_file()}
+    found = {name: {k: result[k] for k in ("setting", "rows", "markdown")} for name, result in found.items() if "markdown" in result}
+    markdown = table(found, about)
+    (HERE / "results" / "recovered.json").write_text(json.dumps({"machine": about, "tasks": found, "markdown": markdown}, indent=1) + "\n")
+    print(markdown)
