@@ -41,7 +41,7 @@ __all__ = ['STAGES', 'OPTIONAL', 'SHARED', 'emulate', 'finetune', 'fitting', 'pl
            'correct', 'polish', 'merge', 'evaluate', 'compare', 'demo', 'as_words', 'read_config', 'run', 'Parser',
            'options', 'parser', 'describe', 'takes_part', 'main']
 
-# %% ../nbs/70_cli.ipynb #bf1d4771
+# %% ../nbs/70_cli.ipynb #8c518774
 def emulate(args) -> dict:
     "Stage 1: build the emulator of MODEL from rows of TASK."
     if args.budget and args.ratio: raise EmlocError("give either a ratio or a budget, and not both")
@@ -161,7 +161,7 @@ def compare(args) -> dict:
 def demo(args) -> dict:
     "All stages on the embedded model and task."
     print(f"demo: SmolLM2-135M-Instruct learns to name the section of BBC articles; everything goes to {args.out}")
-    report = run_demo(args.out, reference=args.reference, ratio=check_ratio(args.ratio), rows=args.rows, seed=args.seed, steps=args.steps)
+    report = run_demo(args.out, reference=args.reference, paper=args.paper, ratio=check_ratio(args.ratio), rows=args.rows, seed=args.seed, steps=args.steps)
     return asdict(report)
 
 # %% ../nbs/70_cli.ipynb #cc8d1444
@@ -219,7 +219,7 @@ def run(args) -> dict:
         print(describe(results[stage]))
     return results
 
-# %% ../nbs/70_cli.ipynb #f3c96de1
+# %% ../nbs/70_cli.ipynb #0cb1f6b8
 class Parser(argparse.ArgumentParser):
     "argparse, whose complaints are one clear line and exit code 2."
     def error(self, message): self.exit(2, f"emloc: {message}; see {self.prog} --help\n")
@@ -242,6 +242,7 @@ def parser() -> Parser:
     sub = top.add_subparsers(dest="command", required=True, parser_class=Parser)
     c = options(sub, "demo", demo, [], "emloc-demo", walk=False)
     c.add_argument("--reference", action="store_true", help="also train LoRA on the whole model, to compare with")
+    c.add_argument("--paper", action="store_true", help="the paper's way: activation-aware factors, no anchors, every correction")
     c.add_argument("--ratio", type=float, default=0.25, help="of the emulator, in (0, 1]")
     c.add_argument("--rows", type=int, default=300, help="test articles to score on")
     c.add_argument("--steps", type=int, default=150, help="of training")
