@@ -41,7 +41,7 @@ __all__ = ['STAGES', 'OPTIONAL', 'SHARED', 'emulate', 'finetune', 'fitting', 'pl
            'correct', 'polish', 'merge', 'evaluate', 'compare', 'demo', 'as_words', 'read_config', 'run', 'Parser',
            'options', 'parser', 'describe', 'takes_part', 'main']
 
-# %% ../nbs/70_cli.ipynb #8c518774
+# %% ../nbs/70_cli.ipynb #9875192d
 def emulate(args) -> dict:
     "Stage 1: build the emulator of MODEL from rows of TASK."
     if args.budget and args.ratio: raise EmlocError("give either a ratio or a budget, and not both")
@@ -100,6 +100,8 @@ def anchored_rows(args, task) -> tuple: # (rows to train on, what train_adapter 
         return task.train.select(range(count)), args.anchors
     if not args.anchor_every: return task.train, None
     model = args.model or emulator_config(args.emulator).base_model
+    try: find_model(model)
+    except EmlocError as error: raise EmlocError(f"{error} (anchors need the whole model: name it with --model, or train without them, --anchor-every 0)") from None
     if args.anchor_again: return task.train, Rounds(model, args.anchor_again, every=args.anchor_every, stored=args.anchor_stored)
     rows, folder = task.train.select(range(min(len(task.train), args.steps * args.batch_size * args.accumulation))), Path(f"{args.out}.anchors")
     with processes().main_process_first():
@@ -219,7 +221,7 @@ def run(args) -> dict:
         print(describe(results[stage]))
     return results
 
-# %% ../nbs/70_cli.ipynb #0cb1f6b8
+# %% ../nbs/70_cli.ipynb #6d09cb9b
 class Parser(argparse.ArgumentParser):
     "argparse, whose complaints are one clear line and exit code 2."
     def error(self, message): self.exit(2, f"emloc: {message}; see {self.prog} --help\n")
@@ -261,7 +263,7 @@ def parser() -> Parser:
     c.add_argument("--budget", help="memory that all stages may take, such as 24GiB: the largest ratio that fits")
     c.add_argument("--train-batch", type=int, default=8, help="rows of a training step, for --budget")
     c.add_argument("--ranks", choices=["uniform", "spectrum"], default="uniform", help="one ratio for all weights, or as the spectra ask")
-    c.add_argument("--metric", choices=METRICS, default="activation", help="what the factors keep: the outputs on the calibration rows, or the loss (one walk more, backwards)")
+    c.add_argument("--metric", choices=METRICS, default="fisher", help="what the factors keep: the outputs on the calibration rows, or the loss (one walk more, backwards)")
     c.add_argument("--rows", type=int, default=256, help="calibration rows")
     c.add_argument("--restart", action="store_true", help="do not go on with an unfinished run")
     c = options(sub, "anchor", anchor, ["emulator"], "anchors")
@@ -289,10 +291,10 @@ def parser() -> Parser:
     c.add_argument("--resume", action="store_true", help="go on from the last checkpoint, even one of another training")
     c.add_argument("--restart", action="store_true", help="do not go on with an unfinished training")
     c.add_argument("--anchors", help="directory that `emloc anchor` wrote for these rows")
-    c.add_argument("--anchor-every", type=int, default=0, help="make anchors now, after each so many blocks; 0 for none")
+    c.add_argument("--anchor-every", type=int, default=1, help="anchors after each so many blocks; 0 for none")
     c.add_argument("--anchor-again", type=int, default=25, help="make them again after so many steps, around the LoRA as it is then; 0: once, before the first step")
     c.add_argument("--anchor-stored", choices=list(STORED), default="bfloat16", help="how anchors made now are stored")
-    c.add_argument("--model", help="the whole model, for --anchor-every; by default the one that the emulator names")
+    c.add_argument("--model", help="the whole model, for the anchors; by default the one that the emulator names")
     c.add_argument("--report-to", default="none", help="tensorboard, wandb, … as the Trainer knows them")
     c = options(sub, "correct", correct, ["adapter"], "adapter")
     c.add_argument("--emulator", required=True, help="the emulator that the adapter was trained on")
