@@ -36,6 +36,9 @@ correction_explorer(table)
 spectrum = Spectrum(torch.zeros(576, 576), torch.exp(-torch.arange(576) / 50.0), torch.zeros(576, 576))
 def draw(rank=72): return spectrum_figure(spectrum, rank, plain=torch.linspace(1, 0.1, 576))
 panel(draw, rank=(1, 576))
+""", """
+def moving(rank=72): figure = draw(rank); figure.axes[1].set_ylim(0, 1 + rank / 576); return figure
+panel(moving, rank=(1, 576))
 """]
 
 WATCH = """(cell) => {
@@ -47,7 +50,7 @@ WATCH = """(cell) => {
   if (area.querySelector('img')) area.addEventListener('load', ready, true);
   else new MutationObserver(ready).observe(area.querySelector('svg'), {subtree: true, childList: true, attributes: true});
 }"""
-NAMES = ["spectrum explorer (anywidget)", "rank explorer (anywidget)", "correction explorer (one figure, moving parts)", "panel (a new figure each time)"]
+NAMES = ["spectrum explorer (anywidget)", "rank explorer (anywidget)", "correction explorer (one figure, moving parts)", "panel (the data drawn again)", "panel whose scale moves too (all drawn again)"]
 
 
 def measure(moves: int = 15) -> dict:

@@ -14,7 +14,8 @@ import torch
 from matplotlib.figure import Figure
 from transformers import TrainerCallback
 
-from .explore import BLUE, ORANGE, Panel, picture_box, png
+from .easel import png
+from .explore import BLUE, ORANGE, Panel, picture_box
 from .finetune import train_adapter
 from .jobs import Job
 

@@ -38,7 +38,7 @@ def checkout(
 
 # %% ../nbs/69c_site.ipynb #199751f7
 SECTIONS = {"Lessons": "tutorials/*.ipynb", "Data and models": "0*.ipynb", "Stage 1: emulator": "1*.ipynb", "Stage 2: fine-tune": "2*.ipynb", "Stage 3: correct": "3*.ipynb",
-            "Memory and scores": "[45]*.ipynb", "Pictures and commands": "[67]*.ipynb"}
+            "Memory and scores": "[45][0-8]*.ipynb", "Pictures and commands": "[5-7]*.ipynb"}
 
 def notebooks(
     nbs: Path, # directory

@@ -1,15 +1,20 @@
 """The functions under the widgets, on problems with a known answer; the widgets themselves are driven in test_browser_lab.py."""
+import io
 import json
 import threading
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import TrainerControl, TrainerState
 
 from emloc import explore
 from emloc.corrections import correction_explorer, correction_table
 from emloc.correct import correct_adapter
 from emloc.data import EmlocError
+from emloc.easel import Easel, png
 from emloc.emulator import build_emulator, collect_spectra
 from emloc.evaluate import alignment_report
 from emloc.explorers import page
@@ -19,6 +24,7 @@ from emloc.playground import columns, complete, playground
 from emloc.plan import Shapes
 from emloc.rank import by_spectrum, uniform
 from emloc.ranking import RankExplorer, predicted, rank_table, ranks_at, ratio_for
+from emloc.spectrum import Spectrum
 from emloc.spectra import SpectrumExplorer, actual_errors, rank_steps, reading, spectrum_table
 
 
@@ -158,3 +164,55 @@ def test_a_panel_shows_errors_and_keeps_its_first_picture():
     assert shown.still() and shown.message.value == ""
     shown.controls["n"].value = 3
     assert "&lt;too many&gt;" in shown.message.value and "role='alert'" in shown.message.value and first
+
+
+SHAPES = {f"model.layers.{b}.{n}": (64, 48) for b in range(6) for n in ("q_proj", "up_proj")}
+
+def square(k):
+    figure, ax = plt.subplots(figsize=(4, 2), layout="tight")
+    ax.set_aspect("equal"); ax.set_xlim(-9, 9); ax.set_ylim(-9, 9); ax.grid(True); ax.plot([0, k], [0, 1], label=f"to {k}"); ax.legend()
+    return figure
+
+def two_scales(k):
+    figure, ax = plt.subplots(figsize=(4, 2))
+    ax.bar(["a", "b"], [k, 9]); other = ax.twinx(); other.plot([0, 1], [1, k], color="black"); other.set_ylim(0, 9); figure.suptitle(f"{k}")
+    return figure
+
+def bare(k):
+    figure, ax = plt.subplots(figsize=(3, 1)); ax.axis("off"); ax.set_xlim(0, 9); ax.text(k, 0.5, "here")
+    return figure
+
+def candidates(k): return [{"mode": m, "strength": 1.0, "nll": v, "accuracy": 0.1 * k} for m, v in (("none", 2.0), ("gram", 1.0))]
+
+FIGURES = {"spectrum": lambda k: explore.spectrum_figure(Spectrum(torch.zeros(48, 48), torch.exp(-torch.arange(48) / 9.0), torch.zeros(48, 64)), k),
+           "ranks": lambda k: explore.rank_figure({"a": {n: (k + i) % 10 for i, n in enumerate(SHAPES)} | {"model.layers.0.q_proj": 10}}, SHAPES),
+           "candidates": lambda k: explore.candidate_figure(candidates(k)), "square": square, "two scales": two_scales, "bare": bare}
+
+
+def pixels(file: bytes): return np.asarray(Image.open(io.BytesIO(file)).convert("RGB")).astype(int)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_an_easel_draws_what_matplotlib_draws(name, monkeypatch):
+    easel, begun = Easel(), []
+    begin = Easel.begin
+    monkeypatch.setattr(Easel, "begin", lambda *given: (begun.append(1), begin(*given)))
+    pictures = [pixels(easel.png(FIGURES[name](k))) for k in (2, 5, 8)]
+    for k, found in zip((2, 5, 8), pictures):
+        wanted = pixels(png(FIGURES[name](k)))
+        assert found.shape == wanted.shape and np.abs(found - wanted).max() < 16
+    assert len(begun) == 1 and (pictures[0] != pictures[2]).any()
+
+
+@pytest.mark.parametrize("change", [lambda ax: ax.set_xlim(0, 3), lambda ax: ax.set_ylabel("other"), lambda ax: ax.set_yscale("log"), lambda ax: ax.set_xticks([1], ["one"]),
+                                    lambda ax: ax.tick_params(length=9), lambda ax: ax.set_facecolor("pink"), lambda ax: ax.spines["top"].set_visible(False), lambda ax: ax.axis("off"),
+                                    lambda ax: ax.invert_yaxis(), lambda ax: ax.grid(True), lambda ax: ax.figure.set_size_inches(3, 2), lambda ax: ax.figure.add_axes((0.5, 0.5, 0.2, 0.2))])
+def test_an_easel_notices_another_frame(change):
+    def draw(changed):
+        figure, ax = plt.subplots(figsize=(3, 1.5), layout="tight"); ax.plot([1, 2, 4])
+        if changed: change(ax)
+        return figure
+    easel = Easel()
+    for changed in (False, True, False, True):
+        found, wanted = pixels(easel.png(draw(changed))), pixels(png(draw(changed)))
+        assert found.shape == wanted.shape and np.abs(found - wanted).max() < 16
