@@ -26,7 +26,7 @@ __all__ = ['BLUE', 'ORANGE', 'GREEN', 'PINK', 'SKY', 'RED', 'GREY', 'COLOURS', '
            'view_of', 'Panel', 'panel', 'play', 'spectrum_figure', 'by_block', 'heat', 'rank_figure', 'error_figure',
            'candidate_figure', 'plan_figure', 'score_figure', 'alignment_figure']
 
-# %% ../nbs/60_explore.ipynb #f2ddab9c
+# %% ../nbs/60_explore.ipynb #21f312f4
 def alert(
     error: BaseException,
 ) -> str: # HTML that screen readers say at once
@@ -65,12 +65,18 @@ class Panel(widgets.VBox):
     ):
         super().__init__([*children, Keys(layout={"display": "none"})], **options)
         self.add_class("emloc-panel")
-        self.still, self.text = still, text
+        self.still, self.text, self.place = still, text, None
 
     def _repr_mimebundle_(self, **kwargs):
         view = view_of(self, self.text)
         found = self.still() if self.still else None
         return view | ({"image/png": base64.b64encode(found).decode()} if found else {"text/html": f"<p>{html.escape(self.text)}</p>"})
+
+    def _ipython_display_(self): self.place = display(self._repr_mimebundle_(), raw=True, display_id=True)
+
+    def keep(self):
+        "Store the picture of now where the panel is shown."
+        if self.place: self.place.update(self._repr_mimebundle_(), raw=True)
 
 # %% ../nbs/60_explore.ipynb #4c7b0d0c
 def panel(

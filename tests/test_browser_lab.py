@@ -3,7 +3,7 @@ import json
 import re
 
 import pytest
-from browser import chromium, jupyter_lab, page_of, run_notebook, write_notebook
+from browser import begin_notebook, chromium, jupyter_lab, page_of, run_notebook, wait_for_cells, write_notebook
 from datasets import Dataset
 
 from emloc.corrections import correction_table, summary
@@ -57,6 +57,15 @@ show(wave, times=(0.5, 5.0))
 """]
 
 
+TRAINING = """
+from IPython.display import display
+from emloc.monitor import Monitor
+monitor = Monitor(every=0.2)
+display(monitor.view)
+train_adapter(here["emulator"], rows, "cell", lora=lora_config(rank=4), callbacks=[monitor], args=training_args("cell.checkpoints", steps=20_000, logging_steps=1, save_strategy="no", batch_size=2, bf16=False))
+"""
+
+
 @pytest.fixture(scope="module")
 def here(llama_stages, task, tmp_path_factory):
     "What the notebook works from, and the folder that it is in."
@@ -67,12 +76,19 @@ def here(llama_stages, task, tmp_path_factory):
                "ranks": rank_table(str(stages.model), load_spectra(stages.emulator), batch_size=2, seq_len=32)}
     (folder / "here.json").write_text(json.dumps(content))
     write_notebook(folder / "widgets.ipynb", CELLS)
+    write_notebook(folder / "training.ipynb", [CELLS[0], TRAINING])
     return content | {"folder": folder}
 
 
 @pytest.fixture(scope="module")
-def page(here):
-    with chromium() as browser, jupyter_lab(here["folder"]) as address, page_of(browser, 1400, 1000) as page:
+def lab(here):
+    with chromium() as browser, jupyter_lab(here["folder"]) as address: yield browser, address
+
+
+@pytest.fixture(scope="module")
+def page(lab):
+    browser, address = lab
+    with page_of(browser, 1400, 1000) as page:
         page.set_default_timeout(20_000)
         run_notebook(page, address, "widgets.ipynb")
         yield page
@@ -253,3 +269,16 @@ def test_panel_and_its_error(page):
 
 
 def test_no_script_failed(page): assert page.errors == []
+
+
+def test_a_cell_that_trains_hears_stop(lab, here):
+    browser, address = lab
+    with page_of(browser, 1400, 1000) as page:
+        page.set_default_timeout(20_000)
+        begin_notebook(page, address, "training.ipynb")
+        out = cell(page, 1)
+        out.get_by_text(re.compile(r"step \d+ of 20000, loss")).wait_for(timeout=60_000)
+        out.get_by_role("button", name="Stop training").click()
+        out.get_by_text("stopped: what was learnt so far is kept").wait_for()
+        wait_for_cells(page)
+    assert (here["folder"] / "cell" / "adapter_model.safetensors").is_file()
