@@ -1,4 +1,5 @@
 """Every widget in a real JupyterLab: opened, moved by mouse and keyboard, and compared with what the library computes."""
+import dataclasses
 import json
 import re
 
@@ -41,7 +42,9 @@ live = train_live(here["emulator"], rows, "live", lora=lora_config(rank=4), args
 live
 """, """
 from emloc.corrections import correction_explorer, correction_table
-corrections = correction_explorer(correction_table(here["raw"], here["emulator"], here["model"], rows), here["candidates"])
+import dataclasses
+plain = correction_table(here["raw"], here["emulator"], here["model"], rows)
+corrections = correction_explorer({"plain": plain, "other": dataclasses.replace(plain, anchors={"every": 1})}, {"plain": here["candidates"]})
 corrections
 """, """
 from emloc.playground import playground
@@ -240,6 +243,13 @@ def test_correction_explorer(page, here):
     until(page, lambda: shown(1) > 2.2 and picture() != before, True)
     out.get_by_role("button", name="none").click()
     until(page, lambda: agrees("none", 3.0, shown(1)), True)
+    before = picture()
+    out.get_by_role("button", name="other, trained with anchors").click()
+    table = dataclasses.replace(table, anchors={"every": 1})
+    until(page, lambda: agrees("none", 3.0, shown(1)), True)
+    assert picture() != before
+    out.get_by_role("button", name="gram").click()
+    until(page, lambda: agrees("gram", 3.0, shown(1)), True)
 
 
 def test_playground(page, here):
