@@ -115,7 +115,7 @@ class Moving:
         for artist in self.artists: self.figure.draw_artist(artist)
         return pixels_png(self.canvas)
 
-# %% ../nbs/67_corrections.ipynb #fca01c90
+# %% ../nbs/67_corrections.ipynb #0d61a5c9
 def per_block(
     values: dict, # {module: number}
 ) -> list: # the mean over the weights of each block
@@ -159,7 +159,7 @@ def correction_figure(
     bars.barh(range(len(candidates)), [c["nll"] for c in candidates], color=[COLOURS.get(c["mode"], PINK) for c in candidates])
     for i, c in enumerate(candidates): bars.text(c["nll"], i, f" {c['nll']:.2f}, right {c['accuracy']:.0%}", va="center", fontsize=7)
     for name, loss in (rivals or {}).items(): bars.axvline(loss, color="#000000", linestyle=":", label=f"best of {name}")
-    if rivals: bars.legend(fontsize=7, loc="lower right")
+    if rivals: bars.legend(fontsize=7, loc="upper right")
     bars.set_yticks(range(len(candidates)), [f"{c['mode']} × {c['strength']:g}" for c in candidates], fontsize=7)
     bars.invert_yaxis(); bars.margins(x=0.5); bars.set_xlabel("held-out loss"); bars.set_title("judged on the whole model", fontsize=9)
     return figure, moving, image

@@ -30,8 +30,18 @@ def size(request) -> str: return request.param
 @pytest.fixture
 def page(chrome, address, size):
     "A page whose requests to other hosts, failed requests and script errors fail the test."
+    yield from watched(chrome, address, size)
+
+
+@pytest.fixture
+def dark_page(chrome, address, size):
+    "The same for a reader whose machine is set to dark."
+    yield from watched(chrome, address, size, color_scheme="dark")
+
+
+def watched(chrome, address, size, **options):
     width, height = SIZES[size]
-    page, wrong = chrome.new_page(viewport={"width": width, "height": height}), []
+    page, wrong = chrome.new_page(viewport={"width": width, "height": height}, **options), []
     page.on("request", lambda r: None if r.url.startswith((address, "data:", "blob:")) else wrong.append(f"asks {r.url}"))
     page.on("response", lambda r: wrong.append(f"{r.status} {r.url}") if r.status >= 400 else None)
     page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -110,6 +120,53 @@ def test_the_explorer_moves_without_a_kernel(page, address):
     slider.focus()
     slider.press("ArrowRight")
     assert number.inner_text() == "16"
+
+
+CONTRAST = """() => {
+  const parse = colour => { const [r, g, b, a = 1] = colour.match(/[\\d.]+/g).map(Number); return [r, g, b, a]; };
+  const over = ([r, g, b, a], under) => [r, g, b].map((c, i) => a * c + (1 - a) * under[i]);
+  const paper = node => { const own = node === document.documentElement ? [255, 255, 255, 1] : parse(getComputedStyle(node).backgroundColor);
+    return own[3] === 1 ? own.slice(0, 3) : over(own, paper(node.parentElement)); };
+  const light = colour => { const [r, g, b] = colour.map(c => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const own = node => [...node.childNodes].some(n => n.nodeType === 3 && n.textContent.trim());
+  const seen = [...document.querySelectorAll('main *, #quarto-sidebar *')].filter(n => own(n) && n.getClientRects().length && !n.closest('svg, .katex-mathml, style, script, option, [hidden]'));
+  return seen.map(n => { const under = paper(n), style = getComputedStyle(n), lights = [light(over(parse(style.color), under)), light(under)];
+    return [(Math.max(...lights) + 0.05) / (Math.min(...lights) + 0.05), n.tagName + '.' + n.className + ': ' + n.textContent.trim().slice(0, 40)]; });
+}"""
+
+
+def is_dark(page): return page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number).reduce((a, b) => a + b) < 300")
+
+
+@pytest.mark.parametrize("path", ["index.html", "how.html", "benchmarks.html", "tutorials/02_spectra.html", "tutorials/05_the_gap.html", "api/emulator.html"])
+@pytest.mark.parametrize("scheme", ["dark_page", "page"])
+def test_pages_can_be_read_in_light_and_dark(request, address, scheme, path):
+    page = request.getfixturevalue(scheme)
+    page.goto(address + path)
+    page.wait_for_load_state("networkidle")
+    page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+    assert is_dark(page) == (scheme == "dark_page")
+    found = page.evaluate(CONTRAST)
+    assert len(found) > 30 and [f for f in found if f[0] < 4.5] == []
+
+
+def test_pictures_explorers_and_formulas_in_the_dark(dark_page, address):
+    dark_page.goto(address + "tutorials/02_spectra.html")
+    dark_page.locator(".emloc svg").first.wait_for()
+    colour = lambda selector, name: sum(map(int, dark_page.locator(selector).first.evaluate(f"node => getComputedStyle(node).{name}").strip("rgb()").split(",")[:3]))
+    assert colour("main img", "backgroundColor") == 3 * 255 # drawn for white paper
+    assert colour(".emloc", "backgroundColor") < 300 and colour(".emloc svg text", "fill") > 500
+    assert colour(".katex-html", "color") > 500
+
+
+def test_the_reader_chooses_between_light_and_dark(dark_page, address, size):
+    dark_page.goto(address)
+    assert is_dark(dark_page)
+    if size == "phone": dark_page.locator(".navbar-toggler").click()
+    dark_page.locator(".quarto-color-scheme-toggle:visible").first.click()
+    dark_page.wait_for_function("getComputedStyle(document.body).backgroundColor == 'rgb(255, 255, 255)'")
+    dark_page.goto(address + "benchmarks.html")
+    assert not is_dark(dark_page)
 
 
 def test_no_page_is_wider_than_the_screen(page, address, site):
