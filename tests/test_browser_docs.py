@@ -28,20 +28,10 @@ def size(request) -> str: return request.param
 
 
 @pytest.fixture
-def page(chrome, address, size):
-    "A page whose requests to other hosts, failed requests and script errors fail the test."
-    yield from watched(chrome, address, size)
-
-
-@pytest.fixture
-def dark_page(chrome, address, size):
-    "The same for a reader whose machine is set to dark."
-    yield from watched(chrome, address, size, color_scheme="dark")
-
-
-def watched(chrome, address, size, **options):
+def page(request, chrome, address, size):
+    "A page whose requests to other hosts, failed requests and script errors fail the test; for a reader who likes it light, or as the test says."
     width, height = SIZES[size]
-    page, wrong = chrome.new_page(viewport={"width": width, "height": height}, **options), []
+    page, wrong = chrome.new_page(viewport={"width": width, "height": height}, color_scheme=getattr(request, "param", "light")), []
     page.on("request", lambda r: None if r.url.startswith((address, "data:", "blob:")) else wrong.append(f"asks {r.url}"))
     page.on("response", lambda r: wrong.append(f"{r.status} {r.url}") if r.status >= 400 else None)
     page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -139,34 +129,35 @@ def is_dark(page): return page.evaluate("getComputedStyle(document.body).backgro
 
 
 @pytest.mark.parametrize("path", ["index.html", "how.html", "benchmarks.html", "tutorials/02_spectra.html", "tutorials/05_the_gap.html", "api/emulator.html"])
-@pytest.mark.parametrize("scheme", ["dark_page", "page"])
-def test_pages_can_be_read_in_light_and_dark(request, address, scheme, path):
-    page = request.getfixturevalue(scheme)
+@pytest.mark.parametrize("page", ["light", "dark"], indirect=True)
+def test_pages_can_be_read_in_light_and_in_dark(page, address, path):
     page.goto(address + path)
     page.wait_for_load_state("networkidle")
     page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
-    assert is_dark(page) == (scheme == "dark_page")
+    assert is_dark(page) == page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
     found = page.evaluate(CONTRAST)
     assert len(found) > 30 and [f for f in found if f[0] < 4.5] == []
 
 
-def test_pictures_explorers_and_formulas_in_the_dark(dark_page, address):
-    dark_page.goto(address + "tutorials/02_spectra.html")
-    dark_page.locator(".emloc svg").first.wait_for()
-    colour = lambda selector, name: sum(map(int, dark_page.locator(selector).first.evaluate(f"node => getComputedStyle(node).{name}").strip("rgb()").split(",")[:3]))
+@pytest.mark.parametrize("page", ["dark"], indirect=True)
+def test_pictures_explorers_and_formulas_in_the_dark(page, address):
+    page.goto(address + "tutorials/02_spectra.html")
+    page.locator(".emloc svg").first.wait_for()
+    colour = lambda selector, name: sum(map(int, page.locator(selector).first.evaluate(f"node => getComputedStyle(node).{name}").strip("rgb()").split(",")[:3]))
     assert colour("main img", "backgroundColor") == 3 * 255 # drawn for white paper
     assert colour(".emloc", "backgroundColor") < 300 and colour(".emloc svg text", "fill") > 500
     assert colour(".katex-html", "color") > 500
 
 
-def test_the_reader_chooses_between_light_and_dark(dark_page, address, size):
-    dark_page.goto(address)
-    assert is_dark(dark_page)
-    if size == "phone": dark_page.locator(".navbar-toggler").click()
-    dark_page.locator(".quarto-color-scheme-toggle:visible").first.click()
-    dark_page.wait_for_function("getComputedStyle(document.body).backgroundColor == 'rgb(255, 255, 255)'")
-    dark_page.goto(address + "benchmarks.html")
-    assert not is_dark(dark_page)
+@pytest.mark.parametrize("page", ["dark"], indirect=True)
+def test_the_reader_chooses_between_light_and_dark(page, address, size):
+    page.goto(address)
+    assert is_dark(page)
+    if size == "phone": page.locator(".navbar-toggler").click()
+    page.locator(".quarto-color-scheme-toggle:visible").first.click()
+    page.wait_for_function("getComputedStyle(document.body).backgroundColor == 'rgb(255, 255, 255)'")
+    page.goto(address + "benchmarks.html")
+    assert not is_dark(page)
 
 
 def test_no_page_is_wider_than_the_screen(page, address, site):
