@@ -94,6 +94,13 @@ def test_the_method_in_one_picture(page, address, size):
     assert outside == []
 
 
+@pytest.mark.parametrize("path", ["tutorials/02_spectra.html", "tutorials/05_the_gap.html", "32_polish.html"])
+def test_a_formula_is_not_wider_than_the_text(page, address, path):
+    page.goto(address + path)
+    page.locator(".katex-html").first.wait_for()
+    assert page.locator(".math.display").evaluate_all("found => found.filter(f => f.scrollWidth > f.clientWidth + 1).map(f => f.querySelector('annotation').textContent)") == []
+
+
 def test_formulas_are_set(page, address):
     page.goto(address + "10_spectrum.html")
     page.locator(".katex-html").first.wait_for()
