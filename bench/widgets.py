@@ -65,8 +65,10 @@ def measure(moves: int = 15) -> dict:
                 area.locator("input[type=range], .noUi-handle").last.focus()
                 page.evaluate(WATCH, i)
                 for _ in range(moves):
+                    seen = page.evaluate("window.moves.length")
                     page.keyboard.press("ArrowRight" if i != 2 else "ArrowLeft")
-                    page.wait_for_timeout(500)
+                    page.wait_for_function("before => window.moves.length > before", arg=seen, timeout=10_000)
+                    page.wait_for_timeout(300)
                 times = page.evaluate("window.moves")[2:]
                 found[name] = {"median_ms": round(statistics.median(times), 1), "worst_ms": round(max(times), 1), "moves": len(times)}
                 print(f"{name:50} median {found[name]['median_ms']:6.1f} ms, worst {found[name]['worst_ms']:6.1f} ms, {len(times)} moves")
