@@ -36,6 +36,9 @@ correction_explorer(table)
 spectrum = Spectrum(torch.zeros(576, 576), torch.exp(-torch.arange(576) / 50.0), torch.zeros(576, 576))
 def draw(rank=72): return spectrum_figure(spectrum, rank, plain=torch.linspace(1, 0.1, 576))
 panel(draw, rank=(1, 576))
+""", """
+def moving(rank=72): figure = draw(rank); figure.axes[1].set_ylim(0, 1 + rank / 576); return figure
+panel(moving, rank=(1, 576))
 """]
 
 WATCH = """(cell) => {
@@ -47,7 +50,7 @@ WATCH = """(cell) => {
   if (area.querySelector('img')) area.addEventListener('load', ready, true);
   else new MutationObserver(ready).observe(area.querySelector('svg'), {subtree: true, childList: true, attributes: true});
 }"""
-NAMES = ["spectrum explorer (anywidget)", "rank explorer (anywidget)", "correction explorer (one figure, moving parts)", "panel (a new figure each time)"]
+NAMES = ["spectrum explorer (anywidget)", "rank explorer (anywidget)", "correction explorer (one figure, moving parts)", "panel (the data drawn again)", "panel whose scale moves too (all drawn again)"]
 
 
 def measure(moves: int = 15) -> dict:
@@ -62,8 +65,10 @@ def measure(moves: int = 15) -> dict:
                 area.locator("input[type=range], .noUi-handle").last.focus()
                 page.evaluate(WATCH, i)
                 for _ in range(moves):
+                    seen = page.evaluate("window.moves.length")
                     page.keyboard.press("ArrowRight" if i != 2 else "ArrowLeft")
-                    page.wait_for_timeout(500)
+                    page.wait_for_function("before => window.moves.length > before", arg=seen, timeout=10_000)
+                    page.wait_for_timeout(300)
                 times = page.evaluate("window.moves")[2:]
                 found[name] = {"median_ms": round(statistics.median(times), 1), "worst_ms": round(max(times), 1), "moves": len(times)}
                 print(f"{name:50} median {found[name]['median_ms']:6.1f} ms, worst {found[name]['worst_ms']:6.1f} ms, {len(times)} moves")

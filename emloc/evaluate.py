@@ -157,7 +157,7 @@ def score_rows(
     else: right = [text == said(row) for text, row in zip(generated(model, tokenizer, test, batch_size, max_length), test)]
     return {"accuracy": sum(right) / len(right), "nll": sum(l for l, _ in losses) / sum(k for _, k in losses), "rows": len(test)}
 
-# %% ../nbs/50_evaluate.ipynb #c06b306d
+# %% ../nbs/50_evaluate.ipynb #f39e1c5a
 def input_grams(
     step, # a block of a walk
     wanted, # names of modules
@@ -187,7 +187,7 @@ def alignment_report(
     for step in tqdm(Walk(pieces.checkpoint, rows, **walk_options), desc="alignment", unit="block"):
         grams = input_grams(step, trained.pairs)
         for module in [n for n in step.linears if n in trained.pairs]:
-            G, D = grams[module].matrix.cpu(), pieces.difference(module)
+            G, D = grams[module].matrix.cpu(), 0 if trained.info.get("anchors") else pieces.difference(module)
             delta = lambda a: a.scaling(module) * a.pairs[module][1] @ a.pairs[module][0]
             size = lambda M: float((M @ G * M).sum().clamp_min(0).sqrt())
             learnt = size(delta(trained)) or 1.0

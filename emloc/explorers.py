@@ -14,7 +14,8 @@ from pathlib import Path
 import anywidget
 import traitlets
 
-from .explore import png, view_of
+from .easel import png
+from .explore import view_of
 
 # %% auto #0
 __all__ = ['SCRIPT', 'page', 'Explorer']

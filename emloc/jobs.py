@@ -12,7 +12,8 @@ import time
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
 
-from .explore import BLUE, Panel, alert, png
+from .easel import png
+from .explore import BLUE, Panel, alert
 from .output import watching
 
 # %% auto #0

@@ -13,8 +13,9 @@ import torch
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from .data import EmlocError, encode_row
+from .easel import png
 from .evaluate import open_model
-from .explore import Panel, png
+from .explore import Panel
 from .jobs import Job
 
 # %% auto #0

@@ -10,8 +10,9 @@ from functools import lru_cache
 import traitlets
 
 from .data import EmlocError
+from .easel import png
 from .emulator import build_emulator
-from .explore import Panel, by_block, png, rank_figure
+from .explore import Panel, by_block, rank_figure
 from .explorers import Explorer
 from .jobs import Job
 from .plan import Shapes, parse_bytes, training

@@ -23,8 +23,8 @@ from .data import EmlocError
 from .pages import benchmark_page, method_page, page_notebook, reference_pages
 
 # %% auto #0
-__all__ = ['SECTIONS', 'checkout', 'notebooks', 'sidebar', 'site_config', 'keep_inside', 'build_site', 'serve_site', 'lab_words',
-           'docs', 'lab']
+__all__ = ['SECTIONS', 'checkout', 'notebooks', 'sidebar', 'site_config', 'dark_style', 'keep_inside', 'build_site', 'serve_site',
+           'lab_words', 'docs', 'lab']
 
 # %% ../nbs/69c_site.ipynb #fef14a13
 def checkout(
@@ -36,9 +36,9 @@ def checkout(
         if (folder / "nbs" / "index.ipynb").is_file() and (folder / "_quarto.yml").is_file(): return folder
     raise EmlocError("the notebooks come with emloc's repository and not with the installed package: get the repository and run this in it")
 
-# %% ../nbs/69c_site.ipynb #199751f7
+# %% ../nbs/69c_site.ipynb #6ace7284
 SECTIONS = {"Lessons": "tutorials/*.ipynb", "Data and models": "0*.ipynb", "Stage 1: emulator": "1*.ipynb", "Stage 2: fine-tune": "2*.ipynb", "Stage 3: correct": "3*.ipynb",
-            "Memory and scores": "[45]*.ipynb", "Pictures and commands": "[67]*.ipynb"}
+            "Memory and scores": "[45][0-8]*.ipynb", "Pictures and commands": "[5-7]*.ipynb"}
 
 def notebooks(
     nbs: Path, # directory
@@ -69,7 +69,7 @@ def site_config(
     config = yaml.safe_load((root / "_quarto.yml").read_text(encoding="utf-8"))
     config.pop("metadata-files", None)
     config["project"] |= {"output-dir": str(out), "resources": ["assets/**", "images/**"]}
-    config["format"], config["smalldocs"] = {"html": {k: v for k, v in config["format"]["html"].items() if k != "keep-md"}}, {"linkify": True}
+    config["format"], config["smalldocs"] = {"html": {k: v for k, v in config["format"]["html"].items() if k != "keep-md"} | {"theme": {"light": "cosmo", "dark": "dark.css"}}}, {"linkify": True}
     lessons = [p.as_posix() for p in notebooks(root / "nbs") if p.match("tutorials/*")]
     left = [{"text": "How it works", "href": "how.md"}, *({"text": "Lessons", "href": lesson} for lesson in lessons[:1]), {"text": "API", "href": "api/index.md"}, {"text": "Benchmarks", "href": "benchmarks.md"}]
     website = config["website"]
@@ -77,7 +77,14 @@ def site_config(
     website["sidebar"] = website["sidebar"] | {"contents": sidebar(root / "nbs", modules)}
     return config
 
-# %% ../nbs/69c_site.ipynb #102b5124
+# %% ../nbs/69c_site.ipynb #07689861
+def dark_style(
+    light: str, # a Bootstrap 5.3 style sheet
+) -> str:
+    "The same style sheet, dark."
+    return re.sub(r"(?<=[{}])\[data-bs-theme=dark\]", ":root", light)
+
+# %% ../nbs/69c_site.ipynb #c9f5b326
 def keep_inside(
     out: Path, # a built site
 ):
@@ -97,7 +104,7 @@ def build_site(
     for package in ("smalldocs", "nbdev"):
         if importlib.util.find_spec(package) is None: raise EmlocError(f'the package {package} is missing: pip install -e ".[dev]" in the repository brings it')
     from smalldocs.config import BuildError
-    from smalldocs.site import build
+    from smalldocs.site import ASSETS, build
     start, root, out = time.perf_counter(), checkout(root), Path(out).resolve()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder).resolve()
@@ -108,6 +115,7 @@ def build_site(
             (folder / path).write_text(json.dumps(page_notebook(root / "nbs" / path)), encoding="utf-8")
         for name, words in {"how": method_page(), "benchmarks": benchmark_page(root)}.items(): (folder / f"{name}.md").write_text(words, encoding="utf-8")
         config = site_config(root, out, reference_pages(folder, root))
+        (folder / "dark.css").write_text(dark_style((ASSETS / "vendor" / "bootswatch" / "cosmo.min.css").read_text(encoding="utf-8")), encoding="utf-8")
         (folder / "_quarto.yml").write_text(yaml.safe_dump(config, sort_keys=False), encoding="utf-8")
         try: site = build(folder, quiet=True)
         except BuildError as error: raise EmlocError(f"--out {out}: {error}") from error

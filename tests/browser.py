@@ -93,11 +93,20 @@ def write_notebook(file: Path, cells: list):
     nbformat.write(notebook, file)
 
 
+def begin_notebook(page, address: str, name: str):
+    "Open a notebook in JupyterLab, in a workspace of its own, and begin to run all its cells."
+    page.goto(f"{address}/lab/workspaces/{Path(name).stem}/tree/{name}")
+    page.get_by_text("| Idle").first.wait_for(timeout=90_000)
+    page.evaluate("() => { window.jupyterapp.commands.execute('notebook:run-all-cells'); }")
+
+
+def wait_for_cells(page):
+    "Until all cells are done."
+    page.wait_for_function("() => { const prompts = [...document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputPrompt')].map(p => p.textContent); return prompts.length && prompts.every(p => /\\[\\d+\\]/.test(p)); }", timeout=120_000)
+    page.get_by_text("| Idle").first.wait_for(timeout=60_000)
+
+
 def run_notebook(page, address: str, name: str):
     "Open a notebook in JupyterLab and run all its cells."
-    page.goto(f"{address}/lab/tree/{name}")
-    idle = page.get_by_text("| Idle")
-    idle.first.wait_for(timeout=90_000)
-    page.evaluate("window.jupyterapp.commands.execute('notebook:run-all-cells')")
-    page.wait_for_function("() => { const prompts = [...document.querySelectorAll('.jp-Notebook .jp-CodeCell .jp-InputPrompt')].map(p => p.textContent); return prompts.length && prompts.every(p => /\\[\\d+\\]/.test(p)); }", timeout=120_000)
-    idle.first.wait_for(timeout=60_000)
+    begin_notebook(page, address, name)
+    wait_for_cells(page)

@@ -28,10 +28,10 @@ def size(request) -> str: return request.param
 
 
 @pytest.fixture
-def page(chrome, address, size):
-    "A page whose requests to other hosts, failed requests and script errors fail the test."
+def page(request, chrome, address, size):
+    "A page whose requests to other hosts, failed requests and script errors fail the test; for a reader who likes it light, or as the test says."
     width, height = SIZES[size]
-    page, wrong = chrome.new_page(viewport={"width": width, "height": height}), []
+    page, wrong = chrome.new_page(viewport={"width": width, "height": height}, color_scheme=getattr(request, "param", "light")), []
     page.on("request", lambda r: None if r.url.startswith((address, "data:", "blob:")) else wrong.append(f"asks {r.url}"))
     page.on("response", lambda r: wrong.append(f"{r.status} {r.url}") if r.status >= 400 else None)
     page.on("pageerror", lambda error: wrong.append(str(error)))
@@ -94,6 +94,13 @@ def test_the_method_in_one_picture(page, address, size):
     assert outside == []
 
 
+@pytest.mark.parametrize("path", ["tutorials/02_spectra.html", "tutorials/05_the_gap.html", "32_polish.html"])
+def test_a_formula_is_not_wider_than_the_text(page, address, path):
+    page.goto(address + path)
+    page.locator(".katex-html").first.wait_for()
+    assert page.locator(".math.display").evaluate_all("found => found.filter(f => f.scrollWidth > f.clientWidth + 1).map(f => f.querySelector('annotation').textContent)") == []
+
+
 def test_formulas_are_set(page, address):
     page.goto(address + "10_spectrum.html")
     page.locator(".katex-html").first.wait_for()
@@ -110,6 +117,54 @@ def test_the_explorer_moves_without_a_kernel(page, address):
     slider.focus()
     slider.press("ArrowRight")
     assert number.inner_text() == "16"
+
+
+CONTRAST = """() => {
+  const parse = colour => { const [r, g, b, a = 1] = colour.match(/[\\d.]+/g).map(Number); return [r, g, b, a]; };
+  const over = ([r, g, b, a], under) => [r, g, b].map((c, i) => a * c + (1 - a) * under[i]);
+  const paper = node => { const own = node === document.documentElement ? [255, 255, 255, 1] : parse(getComputedStyle(node).backgroundColor);
+    return own[3] === 1 ? own.slice(0, 3) : over(own, paper(node.parentElement)); };
+  const light = colour => { const [r, g, b] = colour.map(c => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
+  const own = node => [...node.childNodes].some(n => n.nodeType === 3 && n.textContent.trim());
+  const seen = [...document.querySelectorAll('main *, #quarto-sidebar *')].filter(n => own(n) && n.getClientRects().length && !n.closest('svg, .katex-mathml, style, script, option, [hidden]'));
+  return seen.map(n => { const under = paper(n), style = getComputedStyle(n), lights = [light(over(parse(style.color), under)), light(under)];
+    return [(Math.max(...lights) + 0.05) / (Math.min(...lights) + 0.05), n.tagName + '.' + n.className + ': ' + n.textContent.trim().slice(0, 40)]; });
+}"""
+
+
+def is_dark(page): return page.evaluate("getComputedStyle(document.body).backgroundColor.match(/\\d+/g).map(Number).reduce((a, b) => a + b) < 300")
+
+
+@pytest.mark.parametrize("path", ["index.html", "how.html", "benchmarks.html", "tutorials/02_spectra.html", "tutorials/05_the_gap.html", "api/emulator.html"])
+@pytest.mark.parametrize("page", ["light", "dark"], indirect=True)
+def test_pages_can_be_read_in_light_and_in_dark(page, address, path):
+    page.goto(address + path)
+    page.wait_for_load_state("networkidle")
+    page.evaluate("document.querySelectorAll('details').forEach(d => { d.open = true; })")
+    assert is_dark(page) == page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
+    found = page.evaluate(CONTRAST)
+    assert len(found) > 30 and [f for f in found if f[0] < 4.5] == []
+
+
+@pytest.mark.parametrize("page", ["dark"], indirect=True)
+def test_pictures_explorers_and_formulas_in_the_dark(page, address):
+    page.goto(address + "tutorials/02_spectra.html")
+    page.locator(".emloc svg").first.wait_for()
+    colour = lambda selector, name: sum(map(int, page.locator(selector).first.evaluate(f"node => getComputedStyle(node).{name}").strip("rgb()").split(",")[:3]))
+    assert colour("main img", "backgroundColor") == 3 * 255 # drawn for white paper
+    assert colour(".emloc", "backgroundColor") < 300 and colour(".emloc svg text", "fill") > 500
+    assert colour(".katex-html", "color") > 500
+
+
+@pytest.mark.parametrize("page", ["dark"], indirect=True)
+def test_the_reader_chooses_between_light_and_dark(page, address, size):
+    page.goto(address)
+    assert is_dark(page)
+    if size == "phone": page.locator(".navbar-toggler").click()
+    page.locator(".quarto-color-scheme-toggle:visible").first.click()
+    page.wait_for_function("getComputedStyle(document.body).backgroundColor == 'rgb(255, 255, 255)'")
+    page.goto(address + "benchmarks.html")
+    assert not is_dark(page)
 
 
 def test_no_page_is_wider_than_the_screen(page, address, site):

@@ -1,9 +1,10 @@
 """Every widget in a real JupyterLab: opened, moved by mouse and keyboard, and compared with what the library computes."""
+import dataclasses
 import json
 import re
 
 import pytest
-from browser import chromium, jupyter_lab, page_of, run_notebook, write_notebook
+from browser import begin_notebook, chromium, jupyter_lab, page_of, run_notebook, wait_for_cells, write_notebook
 from datasets import Dataset
 
 from emloc.corrections import correction_table, summary
@@ -41,7 +42,9 @@ live = train_live(here["emulator"], rows, "live", lora=lora_config(rank=4), args
 live
 """, """
 from emloc.corrections import correction_explorer, correction_table
-corrections = correction_explorer(correction_table(here["raw"], here["emulator"], here["model"], rows), here["candidates"])
+import dataclasses
+plain = correction_table(here["raw"], here["emulator"], here["model"], rows)
+corrections = correction_explorer({"plain": plain, "other": dataclasses.replace(plain, anchors={"every": 1})}, {"plain": here["candidates"]})
 corrections
 """, """
 from emloc.playground import playground
@@ -57,6 +60,15 @@ show(wave, times=(0.5, 5.0))
 """]
 
 
+TRAINING = """
+from IPython.display import display
+from emloc.monitor import Monitor
+monitor = Monitor(every=0.2)
+display(monitor.view)
+train_adapter(here["emulator"], rows, "cell", lora=lora_config(rank=4), callbacks=[monitor], args=training_args("cell.checkpoints", steps=20_000, logging_steps=1, save_strategy="no", batch_size=2, bf16=False))
+"""
+
+
 @pytest.fixture(scope="module")
 def here(llama_stages, task, tmp_path_factory):
     "What the notebook works from, and the folder that it is in."
@@ -67,12 +79,19 @@ def here(llama_stages, task, tmp_path_factory):
                "ranks": rank_table(str(stages.model), load_spectra(stages.emulator), batch_size=2, seq_len=32)}
     (folder / "here.json").write_text(json.dumps(content))
     write_notebook(folder / "widgets.ipynb", CELLS)
+    write_notebook(folder / "training.ipynb", [CELLS[0], TRAINING])
     return content | {"folder": folder}
 
 
 @pytest.fixture(scope="module")
-def page(here):
-    with chromium() as browser, jupyter_lab(here["folder"]) as address, page_of(browser, 1400, 1000) as page:
+def lab(here):
+    with chromium() as browser, jupyter_lab(here["folder"]) as address: yield browser, address
+
+
+@pytest.fixture(scope="module")
+def page(lab):
+    browser, address = lab
+    with page_of(browser, 1400, 1000) as page:
         page.set_default_timeout(20_000)
         run_notebook(page, address, "widgets.ipynb")
         yield page
@@ -224,6 +243,13 @@ def test_correction_explorer(page, here):
     until(page, lambda: shown(1) > 2.2 and picture() != before, True)
     out.get_by_role("button", name="none").click()
     until(page, lambda: agrees("none", 3.0, shown(1)), True)
+    before = picture()
+    out.get_by_role("button", name="other, trained with anchors").click()
+    table = dataclasses.replace(table, anchors={"every": 1})
+    until(page, lambda: agrees("none", 3.0, shown(1)), True)
+    assert picture() != before
+    out.get_by_role("button", name="gram").click()
+    until(page, lambda: agrees("gram", 3.0, shown(1)), True)
 
 
 def test_playground(page, here):
@@ -253,3 +279,16 @@ def test_panel_and_its_error(page):
 
 
 def test_no_script_failed(page): assert page.errors == []
+
+
+def test_a_cell_that_trains_hears_stop(lab, here):
+    browser, address = lab
+    with page_of(browser, 1400, 1000) as page:
+        page.set_default_timeout(20_000)
+        begin_notebook(page, address, "training.ipynb")
+        out = cell(page, 1)
+        out.get_by_text(re.compile(r"step \d+ of 20000, loss")).wait_for(timeout=60_000)
+        out.get_by_role("button", name="Stop training").click()
+        out.get_by_text("stopped: what was learnt so far is kept").wait_for()
+        wait_for_cells(page)
+    assert (here["folder"] / "cell" / "adapter_model.safetensors").is_file()

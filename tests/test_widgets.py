@@ -1,24 +1,33 @@
 """The functions under the widgets, on problems with a known answer; the widgets themselves are driven in test_browser_lab.py."""
+import io
 import json
 import threading
+from types import SimpleNamespace
 
+import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from transformers import TrainerControl, TrainerState
 
 from emloc import explore
+from emloc.anchor import compute_anchors
 from emloc.corrections import correction_explorer, correction_table
 from emloc.correct import correct_adapter
 from emloc.data import EmlocError
+from emloc.easel import Easel, png
 from emloc.emulator import build_emulator, collect_spectra
 from emloc.evaluate import alignment_report
 from emloc.explorers import page
+from emloc.finetune import lora_config, train_adapter, training_args
 from emloc.jobs import Job
-from emloc.monitor import Monitor, monitor_figure
+from emloc.monitor import Monitor, hear, is_deaf, monitor_figure
 from emloc.playground import columns, complete, playground
 from emloc.plan import Shapes
 from emloc.rank import by_spectrum, uniform
 from emloc.ranking import RankExplorer, predicted, rank_table, ranks_at, ratio_for
+from emloc.spectrum import Spectrum
 from emloc.spectra import SpectrumExplorer, actual_errors, rank_steps, reading, spectrum_table
 
 
@@ -116,6 +125,22 @@ def test_monitor_stops_the_trainer_and_keeps_one_figure():
     assert list(monitor_figure([(1, 2.0), (2, 1.0)], [], 5, figure).axes[0].lines[0].get_ydata()) == [2.0, 1.0]
 
 
+def test_the_monitor_stores_its_last_picture_where_it_is_shown(monkeypatch):
+    monitor, state, kept = Monitor(), TrainerState(max_steps=1, global_step=1), []
+    monitor.view.place = SimpleNamespace(update=lambda bundle, raw: kept.append(bundle["image/png"]))
+    empty = monitor.view._repr_mimebundle_()["image/png"]
+    for event in (monitor.on_train_begin, lambda *a: monitor.on_log(*a, {"loss": 2.5}), monitor.on_step_end, monitor.on_train_end): event(None, state, TrainerControl())
+    assert len(kept) == 1 and kept[0] != empty
+
+
+def test_a_click_is_not_led_back_to_the_busy_cell():
+    comm = SimpleNamespace(_reply_subshell_for=lambda data, subshell: None)
+    hear(SimpleNamespace(comm=comm))
+    assert comm._reply_subshell_for({}, "its own") == "its own"
+    hear(SimpleNamespace(comm=None))
+    assert not is_deaf()
+
+
 @pytest.mark.parametrize("mode, limit, strength", [("none", 3.0, 1.0), ("none", 3.0, 1.6), ("clamp", 0.1, 1.0), ("clamp", 3.0, 0.5), ("gram", 3.0, 1.0), ("gram", 3.0, 2.0)])
 def test_the_correction_table_agrees_with_the_corrected_adapter(llama_stages, task, tmp_path, mode, limit, strength):
     s, rows = llama_stages, task.calibration(24)
@@ -124,13 +149,36 @@ def test_the_correction_table_agrees_with_the_corrected_adapter(llama_stages, ta
     for r in alignment_report(s.raw, {"it": out}, s.emulator, s.model, task.test): assert table[r["module"]] == pytest.approx(r["it"], rel=1e-3)
 
 
-def test_correction_explorer_moves_and_shows_errors(llama_stages, task):
+@pytest.fixture(scope="module")
+def anchored(llama_stages, task, tmp_path_factory):
+    "An adapter that was trained with anchors."
+    s, folder = llama_stages, tmp_path_factory.mktemp("anchored")
+    anchors = compute_anchors(s.emulator, s.model, task.train, folder / "anchors")
+    return train_adapter(s.emulator, task.train, folder / "raw", lora=lora_config(rank=4, alpha=8), args=training_args(folder / "checkpoints", steps=6, lr=1e-2, bf16=False), anchors=anchors)
+
+
+def test_an_anchored_adapter_has_no_misalignment_before_it_is_corrected(llama_stages, anchored, task, tmp_path):
+    s, rows = llama_stages, task.calibration(24)
+    table = correction_table(anchored, s.emulator, s.model, rows)
+    moved = {m: correct_adapter(anchored, s.emulator, s.model, tmp_path / m, mode=m, calibration=rows) for m in ("none", "clamp", "gram")}
+    for r in alignment_report(anchored, moved, s.emulator, s.model, rows):
+        assert r["none"] < 1e-3 and table.misalignment("none")[r["module"]] == 0
+        for m in ("clamp", "gram"): assert r[m] > 0.01 and table.misalignment(m)[r["module"]] == pytest.approx(r[m], rel=1e-3)
+
+
+def test_correction_explorer_moves_and_shows_errors(llama_stages, anchored, task):
     s = llama_stages
-    table = correction_table(s.raw, s.emulator, s.model, task.calibration(8))
-    shown = correction_explorer({"a": table, "anchors": table}, [{"mode": "gram", "strength": 1.0, "nll": 0.5, "accuracy": 0.9}])
+    table, other = (correction_table(raw, s.emulator, s.model, task.calibration(8)) for raw in (s.raw, anchored))
+    shown = correction_explorer({"a": table, "b": other}, {"a": [{"mode": "gram", "strength": 1.0, "nll": 0.5, "accuracy": 0.9}], "b": [{"mode": "none", "strength": 1.0, "nll": 0.3, "accuracy": 0.8}]})
     before = shown.picture.value
     shown.controls["strength"].value = 2.0
     assert shown.picture.value != before and "gram × 1 has a loss of 0.500" in shown.reading.value
+    assert [label for label, _ in shown.controls["adapter"]._options_full] == ["a", "b, trained with anchors"]
+    shown.controls["adapter"].value = "b"
+    shown.controls["mode"].value = "none"
+    shown.controls["strength"].value = 1.0
+    assert "mean misalignment 0.000 → 0.000" in shown.reading.value and "none × 1 has a loss of 0.300" in shown.reading.value
+    shown.controls["adapter"].value = "a"
     table.products = table.products[:, :1]
     shown.controls["strength"].value = 1.5
     assert "role='alert'" in shown.reading.value
@@ -158,3 +206,55 @@ def test_a_panel_shows_errors_and_keeps_its_first_picture():
     assert shown.still() and shown.message.value == ""
     shown.controls["n"].value = 3
     assert "&lt;too many&gt;" in shown.message.value and "role='alert'" in shown.message.value and first
+
+
+SHAPES = {f"model.layers.{b}.{n}": (64, 48) for b in range(6) for n in ("q_proj", "up_proj")}
+
+def square(k):
+    figure, ax = plt.subplots(figsize=(4, 2), layout="tight")
+    ax.set_aspect("equal"); ax.set_xlim(-9, 9); ax.set_ylim(-9, 9); ax.grid(True); ax.plot([0, k], [0, 1], label=f"to {k}"); ax.legend()
+    return figure
+
+def two_scales(k):
+    figure, ax = plt.subplots(figsize=(4, 2))
+    ax.bar(["a", "b"], [k, 9]); other = ax.twinx(); other.plot([0, 1], [1, k], color="black"); other.set_ylim(0, 9); figure.suptitle(f"{k}")
+    return figure
+
+def bare(k):
+    figure, ax = plt.subplots(figsize=(3, 1)); ax.axis("off"); ax.set_xlim(0, 9); ax.text(k, 0.5, "here")
+    return figure
+
+def candidates(k): return [{"mode": m, "strength": 1.0, "nll": v, "accuracy": 0.1 * k} for m, v in (("none", 2.0), ("gram", 1.0))]
+
+FIGURES = {"spectrum": lambda k: explore.spectrum_figure(Spectrum(torch.zeros(48, 48), torch.exp(-torch.arange(48) / 9.0), torch.zeros(48, 64)), k),
+           "ranks": lambda k: explore.rank_figure({"a": {n: (k + i) % 10 for i, n in enumerate(SHAPES)} | {"model.layers.0.q_proj": 10}}, SHAPES),
+           "candidates": lambda k: explore.candidate_figure(candidates(k)), "square": square, "two scales": two_scales, "bare": bare}
+
+
+def pixels(file: bytes): return np.asarray(Image.open(io.BytesIO(file)).convert("RGB")).astype(int)
+
+
+@pytest.mark.parametrize("name", FIGURES)
+def test_an_easel_draws_what_matplotlib_draws(name, monkeypatch):
+    easel, begun = Easel(), []
+    begin = Easel.begin
+    monkeypatch.setattr(Easel, "begin", lambda *given: (begun.append(1), begin(*given)))
+    pictures = [pixels(easel.png(FIGURES[name](k))) for k in (2, 5, 8)]
+    for k, found in zip((2, 5, 8), pictures):
+        wanted = pixels(png(FIGURES[name](k)))
+        assert found.shape == wanted.shape and np.abs(found - wanted).max() < 16
+    assert len(begun) == 1 and (pictures[0] != pictures[2]).any()
+
+
+@pytest.mark.parametrize("change", [lambda ax: ax.set_xlim(0, 3), lambda ax: ax.set_ylabel("other"), lambda ax: ax.set_yscale("log"), lambda ax: ax.set_xticks([1], ["one"]),
+                                    lambda ax: ax.tick_params(length=9), lambda ax: ax.set_facecolor("pink"), lambda ax: ax.spines["top"].set_visible(False), lambda ax: ax.axis("off"),
+                                    lambda ax: ax.invert_yaxis(), lambda ax: ax.grid(True), lambda ax: ax.figure.set_size_inches(3, 2), lambda ax: ax.figure.add_axes((0.5, 0.5, 0.2, 0.2))])
+def test_an_easel_notices_another_frame(change):
+    def draw(changed):
+        figure, ax = plt.subplots(figsize=(3, 1.5), layout="tight"); ax.plot([1, 2, 4])
+        if changed: change(ax)
+        return figure
+    easel = Easel()
+    for changed in (False, True, False, True):
+        found, wanted = pixels(easel.png(draw(changed))), pixels(png(draw(changed)))
+        assert found.shape == wanted.shape and np.abs(found - wanted).max() < 16
