@@ -1,4 +1,4 @@
-"""How good is the corrected adapter? `emloc demo` with several seeds, each in a process of its own.
+"""How good is the corrected adapter? `emloc demo --paper` with several seeds, each in a process of its own.
 
     python bench/quality.py [--seeds 0 1 2] [--out runs/quality]
 
@@ -21,7 +21,7 @@ def run(seed: int, out: Path) -> dict:
     "One demo with the reference; the report that it wrote."
     report = out / f"seed-{seed}" / "demo.json"
     if not report.is_file():
-        subprocess.run([sys.executable, "-m", "emloc.cli", "demo", "--reference", "--seed", str(seed), "--out", str(report.parent)], check=True)
+        subprocess.run([sys.executable, "-m", "emloc.cli", "demo", "--paper", "--reference", "--seed", str(seed), "--out", str(report.parent)], check=True)
     return json.loads(report.read_text())
 
 

@@ -2,14 +2,14 @@
 
     python bench/recovered.py [--tasks bbc wordnet inflect python] [--seeds 0 1 2] [--steps 150] [--out runs/recovered]
 
-Writes bench/results/recovered.json from all tasks that are finished under --out. What was trained or scored already is not done again.
+Writes bench/results/recovered.json and nbs/images/recovered.png from all tasks under --out that have at least one seed. What was trained or scored already is not done again.
 """
 import argparse
 import json
 from pathlib import Path
 
 import machine
-from emloc.compare import METHODS, Comparison, Setting
+from emloc.compare import METHODS, Comparison, Setting, share_figure
 from emloc.data import load_task
 
 HERE = Path(__file__).parent
@@ -28,7 +28,7 @@ def table(found: dict, about: dict) -> str:
     for task, result in found.items():
         s = result["setting"]
         rates = sorted({row["rate"] for row in result["rows"]})
-        lines += [f"**{TITLES.get(task, task)}** ({s['steps']} steps of {s['batch_size']} rows, {s['rows']} test rows, seeds {', '.join(map(str, s['seeds']))}, "
+        lines += [f"**{TITLES.get(task, task)}** ({s['steps']} steps of {s['batch_size']} rows, {s['rows']} test rows, seeds {', '.join(str(seed) for seed in sorted({row['seed'] for row in result['rows']}))}, "
                   f"learning rate {', '.join(f'{r:g}' for r in rates)}{' chosen on validation rows' if len(s['rates']) > 1 else ''}):", "", result["markdown"], ""]
     names = list(dict.fromkeys(row["name"] for result in found.values() for row in result["rows"]))
     lines += ["**All of them**, mean share of the gain over tasks and seeds (worst run):", "", "| | of the accuracy | of the NLL |", "| --- | --- | --- |"]
@@ -41,7 +41,7 @@ def table(found: dict, about: dict) -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--tasks", nargs="+", default=list(TITLES))
+    parser.add_argument("--tasks", nargs="*", default=list(TITLES), help="none: only the table of what is there")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--rows", type=int, default=300, help="test rows")
@@ -56,4 +56,5 @@ if __name__ == "__main__":
     found = {name: {k: result[k] for k in ("setting", "rows", "markdown")} for name, result in found.items() if "markdown" in result}
     markdown = table(found, about)
     (HERE / "results" / "recovered.json").write_text(json.dumps({"machine": about, "tasks": found, "markdown": markdown}, indent=1) + "\n")
+    share_figure(found).savefig(HERE.parent / "nbs" / "images" / "recovered.png", dpi=110)
     print(markdown)

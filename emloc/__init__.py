@@ -3,7 +3,7 @@ __version__ = "0.1.0"
 
 from importlib import import_module
 
-from emloc import adapter, anchor, backward, correct, data, emulator, evaluate, finetune, fisher, geometry, lowrank, memory, merge, model, output, pairlora, plan, polish, rank, simulate, spectrum, tasks, walk
+from emloc import adapter, anchor, backward, correct, data, emulator, evaluate, finetune, fisher, geometry, lowrank, memory, merge, model, output, pairlora, plan, polish, rank, rounds, simulate, spectrum, tasks, walk
 from emloc.anchor import compute_anchors
 from emloc.correct import correct_adapter
 from emloc.data import EmlocError, Task, load_task
@@ -16,9 +16,10 @@ from emloc.model import default_model
 from emloc.pairlora import load_adapter
 from emloc.plan import plan_memory
 from emloc.polish import polish_adapter
+from emloc.rounds import Rounds
 
 
 def __getattr__(name):
     # modules that bring matplotlib and widgets are imported when they are asked for
-    if name in ("cli", "compare", "corrections", "demo", "explore", "explorers", "jobs", "monitor", "playground", "ranking", "spectra"): return import_module(f"emloc.{name}")
+    if name in ("cli", "compare", "corrections", "demo", "easel", "explore", "explorers", "jobs", "monitor", "playground", "ranking", "spectra"): return import_module(f"emloc.{name}")
     raise AttributeError(f"module 'emloc' has no attribute {name!r}")

@@ -42,7 +42,7 @@ class Method:
 METHODS = [Method("LoRA on the model"), Method("EMLoC", "activation"), Method("EMLoC, corrected", "activation", mode="auto"),
            Method("Fisher metric, anchors in rounds", "fisher", 1, 25), Method("Fisher metric, rounds, 10 exact steps", "fisher", 1, 25, polish=10)]
 
-# %% ../nbs/69_compare.ipynb #5636827e
+# %% ../nbs/69_compare.ipynb #0db73582
 @dataclass
 class Setting:
     "What all methods of a comparison have in common."
@@ -133,8 +133,8 @@ class Comparison:
                 row = {"name": method.name, "seed": seed, "rate": rate} | {k: score[k] for k in ("accuracy", "nll")} | {f"{k}_share": share(score[k], untouched[k], best[k]) for k in ("accuracy", "nll")}
                 self.known["rows"].append(row)
                 self.say(f"{self.task.name}, seed {seed}, {method.name}: NLL {row['nll']:.3f}" + (f", accuracy {row['accuracy']:.3f}" if row["accuracy"] is not None else ""))
-        self.known["markdown"] = comparison_table(self.known["rows"], untouched)
-        write_json(self.file, self.known)
+            self.known["markdown"] = comparison_table(self.known["rows"], untouched)
+            write_json(self.file, self.known) # what is known after each seed
         return self.known
 
 # %% ../nbs/69_compare.ipynb #3c641e4c
