@@ -29,7 +29,7 @@ __all__ = ['ATEN', 'Ledger', 'everything', 'pretend', 'give_storage', 'moments',
            'fake_batch', 'fake_prompt', 'main_blocks', 'shorten', 'extrapolate', 'highest', 'inference_peaks',
            'block_inputs']
 
-# %% ../nbs/39_simulate.ipynb #23bf1ee7
+# %% ../nbs/39_simulate.ipynb #8fffe4a5
 ATEN = torch.ops.aten
 
 class Ledger(TorchDispatchMode):
@@ -47,7 +47,8 @@ class Ledger(TorchDispatchMode):
         self.kind, self.moment = "activations", "start"
 
     def add(self, tensor: torch.Tensor, kind: str | None = None):
-        "Count the storage of a tensor once; to say its kind again moves it."
+        "Count the storage of a tensor once; to say its kind again moves it. What is on the meta device is nowhere."
+        if tensor.device.type == "meta": return
         storage = tensor.untyped_storage()
         key, size = storage._cdata, storage.nbytes()
         if key in self.owners:

@@ -87,7 +87,7 @@ def completion_losses(
     losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
     return losses.sum(1), (labels >= 0).sum(1)
 
-# %% ../nbs/02_walk.ipynb #03a110b6
+# %% ../nbs/02_walk.ipynb #bba84a48
 class Walk:
     "A model on disk, walked block by block with a set of rows."
     def __init__(
@@ -107,12 +107,20 @@ class Walk:
         tokenizer = load_tokenizer(self.checkpoint.path)
         self.tokenizer, self.share = tokenizer, share
         self.set_rows(encode_rows(rows, tokenizer, max_length), batch_size, variants)
-        self.model = skeleton(self.checkpoint) if model is None else model
+        self.begin(skeleton(self.checkpoint) if model is None else model)
+
+    def begin(
+        self,
+        model, # a skeleton
+    ):
+        "Find the blocks, and read what is outside them."
+        self.model = model.requires_grad_(False) # a walk trains none of it
         self.names = block_names(self.model)
         self.blocks = [self.model.get_submodule(n) for n in self.names]
         # a head of its own is only needed after the last block, and stage 1 never gets there
         head = self.model.get_output_embeddings()
-        self.late = [n for n, m in self.model.named_modules() if m is head and m.weight is not self.model.get_input_embeddings().weight]
+        self.heads = [n for n, m in self.model.named_modules() if m is head and m.weight is not self.model.get_input_embeddings().weight]
+        self.late = list(self.heads)
         fill(self.model, self.checkpoint, skip=[*self.names, *self.late], device=self.device)
         self.model.tie_weights()
         self.start, self.tuples, self.mask = 0, {}, None
@@ -140,6 +148,11 @@ class Walk:
         "One block in memory for the duration of the `with`."
         yield Step(self, index, self.names[index], fill(self.model, self.checkpoint, self.names[index], device=self.device))
         empty(self.blocks[index])
+
+    def put_head_away(self):
+        "Let go of a head of its own; it is read again when it is needed."
+        for name in self.heads: empty(self.model.get_submodule(name))
+        self.late = list(self.heads)
 
     def __iter__(self):
         for i in range(self.start, len(self)):
