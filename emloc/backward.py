@@ -13,7 +13,7 @@ from .walk import Step, Walk, completion_losses, keep_last
 # %% auto #0
 __all__ = ['loss_gradient', 'back_through']
 
-# %% ../nbs/02a_backward.ipynb #ed7bdafb
+# %% ../nbs/02a_backward.ipynb #4dfb353d
 def loss_gradient(
     walk: Walk, # whose hidden states are those after the last block
 ) -> tuple: # (loss in nats per completion token, [gradient with respect to the hidden states (rows, tokens, features), one for each batch])
@@ -22,11 +22,15 @@ def loss_gradient(
     if tokens == 0: raise EmlocError("the rows have no completion token to learn from")
     for number, batch in enumerate(walk.batches):
         hidden = walk.hidden[0][number].to(walk.device).requires_grad_()
-        with torch.enable_grad():
-            logits = walk.forward(number, len(walk), hidden, **keep_last(walk.model, batch["labels"])).logits
-            loss = completion_losses(logits, batch["labels"])[0].sum() / tokens
-            loss.backward()
-        total, gradients = total + float(loss.detach()), [*gradients, hidden.grad]
+        keep = keep_last(walk.model, batch["labels"])
+        for rows in walk.portions(batch, keep):
+            with torch.enable_grad():
+                logits = walk.forward(number, len(walk), hidden, rows, **keep).logits
+                loss = completion_losses(logits, batch["labels"][rows])[0].sum() / tokens
+                loss.backward()
+            total += float(loss.detach())
+            del logits, loss
+        gradients.append(hidden.grad)
     walk.put_head_away()
     return total, gradients
 

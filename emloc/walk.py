@@ -18,7 +18,8 @@ from .data import EmlocError, collator, encode_rows, load_tokenizer
 from .model import Checkpoint, block_names, empty, fill, linears, skeleton
 
 # %% auto #0
-__all__ = ['stand_ins', 'hidden_of', 'with_hidden', 'make_batches', 'bare', 'keep_last', 'completion_losses', 'Walk', 'Step']
+__all__ = ['LOGITS', 'stand_ins', 'hidden_of', 'with_hidden', 'make_batches', 'bare', 'keep_last', 'completion_losses', 'Walk',
+           'Step']
 
 # %% ../nbs/02_walk.ipynb #7ffe3828
 class _Stop(Exception):
@@ -87,7 +88,9 @@ def completion_losses(
     losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
     return losses.sum(1), (labels >= 0).sum(1)
 
-# %% ../nbs/02_walk.ipynb #bba84a48
+# %% ../nbs/02_walk.ipynb #ccf83506
+LOGITS = 2**26 # numbers: a batch whose logits are more goes through the head a few rows at a time
+
 class Walk:
     "A model on disk, walked block by block with a set of rows."
     def __init__(
@@ -170,10 +173,12 @@ class Walk:
         number: int, # of the batch
         index: int, # of the block, or len(self) for what comes after the last
         kept: torch.Tensor | None, # the hidden state that goes in; None: what the model itself hands to the first block
+        rows: slice = slice(None), # of the batch
         **more, # for the model's forward
     ): # the hidden state after the block, or the model's output
         "The model's own forward on one batch, with only one block real. Gradients flow from the result to what goes in."
-        batch = {k: v.to(self.device) for k, v in self.batches[number].items() if k != "labels"}
+        batch = {k: v[rows].to(self.device) for k, v in self.batches[number].items() if k != "labels"}
+        kept = None if kept is None else kept[rows]
         while self.late and index == len(self): fill(self.model, self.checkpoint, self.late.pop(), device=self.device)
         self.mask, found = batch["attention_mask"].bool(), []
         def call(i, own, args, kwargs):
@@ -198,7 +203,17 @@ class Walk:
         "After the last block: the model's own norm and head on the hidden states, batch by batch."
         for number, batch in enumerate(self.batches):
             keep = {} if whole else keep_last(self.model, batch["labels"])
-            yield batch, self._run(number, len(self), variant, **keep).logits
+            for rows in self.portions(batch, keep): yield {k: v[rows] for k, v in batch.items()}, self._run(number, len(self), variant, rows=rows, **keep).logits
+
+    def portions(
+        self,
+        batch: dict,
+        keep: dict, # of keep_last
+    ) -> list: # slices of its rows
+        "Rows whose logits are there at the same time."
+        (rows, tokens), kept = batch["input_ids"].shape, keep.get("logits_to_keep")
+        size = max(1, LOGITS // (self.model.config.get_text_config().vocab_size * (tokens if kept is None else len(kept))))
+        return [slice(i, i + size) for i in range(0, rows, size)]
 
     def save(self, file: Path, index: int):
         "Keep the hidden states that go into block `index`, to resume there."
