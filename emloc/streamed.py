@@ -22,10 +22,12 @@ from .simulate import ATEN, Ledger, fake_batch, main_blocks, optimizer_states, p
 from .walk import Walk
 
 # %% auto #0
-__all__ = ['Blank', 'Waiting', 'PaperWalk', 'book', 'on_paper', 'forks', 'kind', 'taken_forks', 'building_peaks',
+__all__ = ['BATCHES', 'Blank', 'Waiting', 'PaperWalk', 'book', 'on_paper', 'forks', 'kind', 'taken_forks', 'building_peaks',
            'anchoring_peaks', 'main_linears', 'lora_pairs', 'PaperPieces', 'correcting_peaks', 'polishing_peaks']
 
-# %% ../nbs/39a_streamed.ipynb #ba3896ce
+# %% ../nbs/39a_streamed.ipynb #bf59c6c1
+BATCHES = 2 # in a simulation
+
 class Blank:
     "A model directory that was never written: what is read from it has a shape and no bytes."
     def __init__(
@@ -45,8 +47,8 @@ class Blank:
 
 class Waiting(list):
     "Hidden states, one for each batch; those that are put here wait in CPU memory."
-    def __init__(self, ledger: Ledger):
-        super().__init__([None])
+    def __init__(self, ledger: Ledger, hidden: list):
+        super().__init__(hidden)
         self.ledger = ledger
 
     def __setitem__(self, number, hidden):
@@ -54,7 +56,7 @@ class Waiting(list):
         super().__setitem__(number, hidden)
 
 class PaperWalk(Walk):
-    "A walk through a model that has no weights, with one batch."
+    "A walk through a model that has no weights, with two batches: when the second one runs, all that the first one left is there."
     def __init__(
         self,
         model: nn.Module, # a skeleton with few blocks; changed in place
@@ -63,18 +65,18 @@ class PaperWalk(Walk):
         variants: int = 1, # how many hidden states are kept
     ):
         self.checkpoint, self.device, self.share = Blank(model, ledger), torch.device("cpu"), (0, 1)
-        self.batches, self.hidden = [{k: t for k, t in batch.items() if k != "logits_to_keep"}], [Waiting(ledger) for _ in range(variants)]
-        self.order = [list(range(len(batch["input_ids"])))]
+        size = len(batch["input_ids"])
+        self.batches, self.order = [{k: t for k, t in batch.items() if k != "logits_to_keep"}] * BATCHES, [range(i * size, (i + 1) * size) for i in range(BATCHES)]
         self.begin(model)
         self.names = main_blocks(model, self.names)
         self.blocks = [model.get_submodule(n) for n in self.names]
-        for hidden in self.hidden: hidden[0] = self.waiting()
+        self.hidden = [Waiting(ledger, self.waiting()) for _ in range(variants)]
 
-    def waiting(self) -> torch.Tensor: # (rows, tokens, features)
+    def waiting(self) -> list: # [(rows, tokens, features)]
         "Hidden states such as go into a block."
-        hidden = torch.empty(*self.batches[0]["input_ids"].shape, self.model.get_input_embeddings().weight.shape[1], dtype=self.model.dtype)
-        self.checkpoint.ledger.add(hidden, "waiting")
-        return hidden
+        found = [torch.empty(*b["input_ids"].shape, self.model.get_input_embeddings().weight.shape[1], dtype=self.model.dtype) for b in self.batches]
+        for hidden in found: self.checkpoint.ledger.add(hidden, "waiting")
+        return found
 
 # %% ../nbs/39a_streamed.ipynb #e92b6e63
 def book(
@@ -137,7 +139,7 @@ def taken_forks(): # gives a set of (what, name of the weight), which fills
         return more
     with forks(decide): yield found
 
-# %% ../nbs/39a_streamed.ipynb #3ebede54
+# %% ../nbs/39a_streamed.ipynb #cdc73259
 def building_peaks(
     model: nn.Module, # a skeleton with one block in its main list, or for fisher two; changed in place
     ranks: dict, # {module: rank}
@@ -162,7 +164,7 @@ def building_peaks(
     nothing = lambda *_, **__: None
     with pretend(ledger), forks(decide):
         batch = fake_batch(model, batch_size, seq_len, completion)
-        with on_paper(batch, model), mock.patch.multiple(emulator, load_file=lambda _: {"0.0": walk.waiting()}, save_file=nothing):
+        with on_paper(batch, model), mock.patch.multiple(emulator, load_file=lambda _: {f"0.{i}": h for i, h in enumerate(walk.waiting())}, save_file=nothing):
             walk = PaperWalk(model, ledger, batch)
             run = SimpleNamespace(done={}, counted=lambda label, left, total: left, file=lambda *_: SimpleNamespace(unlink=nothing), mark=nothing)
             if metric == "fisher":
