@@ -25,7 +25,7 @@ from .walk import Walk
 __all__ = ['BATCHES', 'Blank', 'Waiting', 'PaperWalk', 'book', 'on_paper', 'forks', 'kind', 'taken_forks', 'building_peaks',
            'anchoring_peaks', 'main_linears', 'lora_pairs', 'PaperPieces', 'correcting_peaks', 'polishing_peaks']
 
-# %% ../nbs/39a_streamed.ipynb #bf59c6c1
+# %% ../nbs/39a_streamed.ipynb #fc92d2b4
 BATCHES = 2 # in a simulation
 
 class Blank:
@@ -67,7 +67,7 @@ class PaperWalk(Walk):
         self.checkpoint, self.device, self.share = Blank(model, ledger), torch.device("cpu"), (0, 1)
         size = len(batch["input_ids"])
         self.batches, self.order = [{k: t for k, t in batch.items() if k != "logits_to_keep"}] * BATCHES, [range(i * size, (i + 1) * size) for i in range(BATCHES)]
-        self.begin(model)
+        self.begin(model.eval())
         self.names = main_blocks(model, self.names)
         self.blocks = [model.get_submodule(n) for n in self.names]
         self.hidden = [Waiting(ledger, self.waiting()) for _ in range(variants)]
