@@ -45,7 +45,7 @@ def test_the_emulator_has_the_planned_bytes(llama, task, tmp_path):
 
 def test_a_deep_model_is_what_its_first_blocks_say():
     from transformers import AutoConfig
-    from emloc.plan import linear_shapes
+    from emloc.model import linear_shapes
     config = AutoConfig.for_model("llama", hidden_size=64, intermediate_size=96, num_hidden_layers=7, num_attention_heads=4, num_key_value_heads=2, vocab_size=128)
     def peaks(blocks):
         config.num_hidden_layers = blocks
