@@ -20,8 +20,8 @@ from .simulate import extrapolate, highest, inference_peaks, main_blocks, shorte
 from .streamed import BATCHES, anchoring_peaks, building_peaks, correcting_peaks, polishing_peaks
 
 # %% auto #0
-__all__ = ['KINDS', 'TOKENIZER', 'RUNTIME', 'Need', 'Shapes', 'walking', 'going_back', 'building', 'correcting', 'anchoring',
-           'polishing', 'training', 'quantised', 'whole_model']
+__all__ = ['KINDS', 'TOKENIZER', 'RUNTIME', 'Need', 'Shapes', 'walking', 'building', 'correcting', 'anchoring', 'polishing',
+           'training', 'quantised', 'whole_model']
 
 # %% ../nbs/40a_needs.ipynb #26c9af4e
 KINDS = ("weights", "lora", "optimizer", "gradients", "activations", "logits", "workspace")
@@ -44,9 +44,9 @@ class Need:
         return {"name": self.name, "peak_bytes": self.peak, "host_bytes": int(self.host), "disk_bytes": int(self.disk), "moment": self.moment,
                 "parts": {k: int(v) for k, v in self.parts.items()}, "fits": self.fits(budget)}
 
-# %% ../nbs/40a_needs.ipynb #d85b0976
+# %% ../nbs/40a_needs.ipynb #542a56d2
 TOKENIZER = 400 # bytes for a word of the vocabulary
-RUNTIME = {"step": 1.25 * 2**20, "walk": 31 * 2**20, "walk back": 76 * 2**20} # bytes besides tensors and tokenizer
+RUNTIME = {"step": 1.25 * 2**20, "walk": 31 * 2**20, "fisher": 85 * 2**20} # bytes besides tensors and tokenizer
 
 class Shapes:
     "A model's config, and the skeletons made from it."
@@ -82,7 +82,7 @@ class Shapes:
 
     def runtime(self, kind: str) -> int: return int(self.tokenizer + RUNTIME[kind]) # bytes besides tensors
 
-# %% ../nbs/40a_needs.ipynb #dac289c2
+# %% ../nbs/40a_needs.ipynb #47f63eb6
 def walking(
     s: Shapes,
     name: str, # of the stage
@@ -92,7 +92,7 @@ def walking(
     blocks: int = 1, # in the simulation
     disk: int = 0, # bytes
     more: int = 0, # bytes of hidden states of other batches where it computes
-    runtime: str = "walk", # or walk back
+    runtime: str = "walk", # or fisher
 ) -> Need:
     "From the simulation of one batch to a whole stage."
     totals = {}
@@ -103,10 +103,6 @@ def walking(
         totals[moment] = parts
     moment, parts = highest(totals)
     return Need(name, parts, waiting, moment, disk)
-
-def going_back(all: int, batch: int) -> dict: # bytes of the hidden states of all rows and of a batch
-    "What the way back has besides: gradients of all batches, and kernels."
-    return {"more": max(0, all - BATCHES * batch), "runtime": "walk back"}
 
 def building(
     s: Shapes,
@@ -123,7 +119,7 @@ def building(
     fisher, batch_size = metric == "fisher", min(batch_size, rows)
     all, batch = s.hidden(rows, seq_len), s.hidden(batch_size, seq_len)
     peaks = building_peaks(s.whole(2 if fisher else 1), ranks, batch_size, seq_len, metric=metric, completion=completion, taken=taken)
-    return walking(s, "1 emulator", peaks, all, batch, disk=s.emulator_bytes(ranks) + all * (s.main + 2 if fisher else 2), **going_back(all, batch) if fisher else {})
+    return walking(s, "1 emulator", peaks, all, batch, disk=s.emulator_bytes(ranks) + all * (s.main + 2 if fisher else 2), more=max(0, all - BATCHES * batch) if fisher else 0, runtime="fisher" if fisher else "walk")
 
 def correcting(
     s: Shapes,
@@ -140,7 +136,7 @@ def correcting(
     peaks = correcting_peaks(s.whole(1), s.emulator(ranks, 1), rank, batch_size, seq_len, completion)
     return walking(s, "3 correct, merge", peaks, all, s.hidden(batch_size, seq_len), disk=s.bytes + 2 * all)
 
-# %% ../nbs/40a_needs.ipynb #f65de479
+# %% ../nbs/40a_needs.ipynb #6151d56f
 def anchoring(
     s: Shapes,
     ranks: dict, # of the emulator
@@ -166,7 +162,7 @@ def polishing(
 ) -> Need:
     "The polish: a step keeps what goes into every block, and gradients as large as one hidden state."
     blocks, all, batch = min(2, s.main), s.hidden(rows, seq_len), s.hidden(batch_size, seq_len)
-    need = walking(s, f"polish, {rows} rows a step", polishing_peaks(s.whole(blocks), rank, batch_size, seq_len, completion), s.main * all, batch, blocks, **going_back(all, batch))
+    need = walking(s, f"polish, {rows} rows a step", polishing_peaks(s.whole(blocks), rank, batch_size, seq_len, completion), s.main * all, batch, blocks, more=max(0, all - BATCHES * batch))
     need.disk = 2 * need.parts["lora"] + need.parts["optimizer"] # the LoRA, and what the next step begins from
     return need
 
