@@ -5,6 +5,9 @@
 Writes bench/results/plan.json. What is measured is the largest resident set above that before the run, after imports and after
 a tiny run of the same kind, so that thread pools and kernels are there. The processes return freed memory to the system at once
 (MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ of 64 KiB), or the resident set would show what the allocator keeps for later.
+
+A plan assumes that every weight of stage 1 needs float64; which do, only the numbers say. So a build writes down where it did more
+than float32, and its prediction follows it; what the plan itself says, which must not be less, is in a column of its own.
 """
 import argparse
 import json
@@ -38,13 +41,20 @@ RUNS = [ # name, model, what is run, rows in a batch, tokens, positions with log
     dict(model="Llama like", stage="infer", batch_size=4, seq_len=512),
     dict(model="default", stage="build", batch_size=8, seq_len=256, rows=32),
     dict(model="Qwen3 like", stage="build", batch_size=4, seq_len=512, rows=8),
+    dict(model="Llama like", stage="build", batch_size=8, seq_len=128, rows=32),
+    dict(model="default", stage="build", batch_size=8, seq_len=256, rows=32, completion=16, metric="fisher"),
+    dict(model="Qwen3 like", stage="build", batch_size=4, seq_len=512, rows=8, completion=64, metric="fisher"),
+    dict(model="default", stage="correct", batch_size=8, seq_len=256, rows=16, completion=16),
+    dict(model="default", stage="anchor", batch_size=8, seq_len=256, rows=32),
+    dict(model="default", stage="polish", batch_size=8, seq_len=256, rows=32, completion=16),
+    dict(model="Llama like", stage="polish", batch_size=8, seq_len=256, rows=32, completion=32),
 ]
 RATIO = 0.25
 
 
 def name(run: dict) -> str:
     "A run in a few words."
-    return f"{run['stage']} {run['model']} {run['batch_size']} x {run['seq_len']}" + (" checkpointing" if run.get("checkpointing") else "")
+    return f"{run['stage']} {run['model']} {run['batch_size']} x {run['seq_len']}" + (" checkpointing" if run.get("checkpointing") else "") + (" fisher" if run.get("metric") == "fisher" else "")
 
 
 def write_random(config: dict, folder: Path, ratio: float | None = None) -> Path:
@@ -96,12 +106,22 @@ def resident(model):
 def work(run: dict, folder: Path, out: Path):
     "The run itself: exactly what the package does."
     import torch
+    from emloc.anchor import compute_anchors
+    from emloc.correct import correct_adapter
     from emloc.data import load_tokenizer
     from emloc.emulator import build_emulator
+    from emloc.polish import polish_adapter
     from emloc.finetune import load_emulator, train_lora, training_args
     from emloc.pairlora import wrap
     from transformers import AutoModelForCausalLM
-    if run["stage"] == "build": return build_emulator(folder, rows_of(run["rows"], run), out, ratio=RATIO, batch_size=run["batch_size"], max_length=run["seq_len"])
+    walk = {"batch_size": run["batch_size"], "max_length": run["seq_len"]}
+    if run["stage"] == "build": return build_emulator(folder, rows_of(run["rows"], run), out, ratio=RATIO, metric=run.get("metric", "activation"), **walk)
+    if run["stage"] == "anchor": return compute_anchors(folder.with_name(folder.name + "-emulator"), folder, rows_of(run["rows"], run), out, **walk)
+    if run["stage"] == "correct":
+        rows = rows_of(2 * run["rows"], run)
+        calibration, held_out = rows.select(range(run["rows"])), rows.select(range(run["rows"], len(rows)))
+        return correct_adapter(folder.with_name(folder.name + "-adapter"), folder.with_name(folder.name + "-emulator"), folder, out, calibration=calibration, held_out=held_out, **walk)
+    if run["stage"] == "polish": return polish_adapter(folder.with_name(folder.name + "-adapter"), folder, rows_of(run["rows"], run), out, steps=1, rows=run["rows"], **walk)
     if run["stage"] == "infer":
         model = resident(AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval())
         batch = {"input_ids": torch.randint(1000, 49000, (run["batch_size"], run["seq_len"]))}
@@ -119,15 +139,17 @@ def child(run: dict):
     import gc
     import torch
     from emloc.memory import measure
+    from emloc.streamed import taken_forks
     torch.set_num_threads(run.get("threads", 1))
     tiny = {"model_type": "llama", "vocab_size": WORDS, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
     with tempfile.TemporaryDirectory() as tmp:
         small = run | {"batch_size": 2, "seq_len": 48, "completion": 8, "rows": 8}
         warm = write_random(tiny, Path(tmp) / "tiny", RATIO if run["stage"] == "train" else None)
+        companions(run["stage"], warm)
         work(small, warm, Path(tmp) / "warm")
         gc.collect()
-        with measure(name(run), interval=0.005) as usage: work(run, Path(run["folder"]), Path(tmp) / "out")
-    print(json.dumps({"measured": usage.peak_bytes - usage.start_bytes, "base": usage.start_bytes, "seconds": usage.seconds}))
+        with taken_forks() as taken, measure(name(run), interval=0.005) as usage: work(run, Path(run["folder"]), Path(tmp) / "out")
+    print(json.dumps({"measured": usage.peak_bytes - usage.start_bytes, "taken": sorted(taken), "base": usage.start_bytes, "seconds": usage.seconds}))
 
 
 def measured(run: dict) -> dict:
@@ -138,13 +160,53 @@ def measured(run: dict) -> dict:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def predicted(run: dict) -> tuple: # (bytes, moment)
-    "What the plan says of this run; on a CPU the hidden states that wait are in the same memory."
-    from emloc.plan import plan_memory
-    plan = plan_memory(run["folder" if run["model"] != "default" else "model"], ratio=RATIO, batch_size=run["batch_size"], seq_len=run["seq_len"], completion=run.get("completion"),
-                       checkpointing=run.get("checkpointing", False), rows=run.get("rows", 256), walk_batch=run["batch_size"])
-    need = {"build": plan.stages[0], "train": plan.stages[1], "infer": plan.rivals[0], "lora": plan.rivals[1]}[run["stage"]]
-    return need.peak + need.host, need.moment
+def predicted(run: dict, taken: list) -> tuple: # (Need, as planned without knowing the forks)
+    "What the needs are of this run, and what a plan says."
+    from emloc import needs
+    from emloc.rank import uniform
+    s = needs.Shapes(run["folder"])
+    ranks, size = uniform(s.shapes, RATIO), (run["batch_size"], run["seq_len"])
+    settings = {"batch_size": run["batch_size"], "seq_len": run["seq_len"], "completion": run.get("completion"), "checkpointing": run.get("checkpointing", False), "lora": None}
+    if run["stage"] == "build":
+        build = lambda taken: needs.building(s, ranks, run["rows"], *size, metric=run.get("metric", "activation"), completion=run.get("completion"), taken=taken)
+        return build({tuple(t) for t in taken}), build(None)
+    need = {"train": lambda: needs.training(s, "", lambda blocks: s.emulator(ranks, blocks), settings), "lora": lambda: needs.training(s, "", s.whole, settings), "infer": lambda: needs.whole_model(s, settings)[0],
+            "correct": lambda: needs.correcting(s, ranks, 8, run["rows"], *size, run.get("completion")), "anchor": lambda: needs.anchoring(s, ranks, run["rows"], *size),
+            "polish": lambda: needs.polishing(s, 8, run["seq_len"], run.get("completion"), run["rows"], run["batch_size"])}[run["stage"]]()
+    return need, need
+
+
+def companions(stage: str, folder: Path):
+    "What a stage asks for besides the model, in directories beside it: an emulator with random pairs, a random LoRA."
+    import torch
+    from emloc.adapter import Adapter, write_adapter
+    from emloc.lowrank import EmulatorConfig
+    from emloc.model import Checkpoint, linear_shapes, skeleton
+    from emloc.pairlora import lora_config
+    from emloc.rank import uniform
+    from safetensors.torch import save_file
+    checkpoint, emulator, adapter = Checkpoint(folder), folder.with_name(folder.name + "-emulator"), folder.with_name(folder.name + "-adapter")
+    shapes = linear_shapes(skeleton(checkpoint))
+    if stage in ("correct", "anchor") and not emulator.exists():
+        ranks = uniform(shapes, RATIO)
+        emulator.mkdir()
+        dense = {k: checkpoint.read(k) for k in checkpoint.info if k.removesuffix(".weight") not in ranks}
+        pairs = {f"{n}.{part}": torch.randn(size).mul_(0.02).to(checkpoint.dtype) for n, k in ranks.items() for part, size in (("U", (shapes[n][0], k)), ("V", (k, shapes[n][1])))}
+        save_file(dense | pairs, emulator / "model.safetensors", metadata={"format": "pt"})
+        load_tokenizer_files(folder, emulator)
+        settings = EmulatorConfig(ranks, str(folder), checkpoint.fingerprint(), RATIO).to_dict()
+        (emulator / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}))
+    if stage in ("correct", "polish") and not adapter.exists():
+        adapter.mkdir()
+        config = lora_config(8)
+        config.base_model_name_or_path = str(folder)
+        write_adapter(Adapter(config, {n: (torch.randn(8, in_) * 0.02, torch.randn(out, 8) * 0.02) for n, (out, in_) in shapes.items()}), adapter)
+
+
+def load_tokenizer_files(folder: Path, out: Path):
+    "The tokenizer of one directory in another."
+    from emloc.data import load_tokenizer
+    load_tokenizer(folder).save_pretrained(out)
 
 
 def prepare(run: dict, folder: Path) -> dict:
@@ -152,11 +214,13 @@ def prepare(run: dict, folder: Path) -> dict:
     from emloc.data import load_task
     from emloc.emulator import build_emulator
     from emloc.model import default_model
-    if run["model"] != "default": return run | {"folder": str(write_random(CONFIGS[run["model"]], folder, RATIO if run["stage"] == "train" else None))}
-    if run["stage"] != "train": return run | {"folder": str(default_model())}
-    emulator = folder.parent / "emulator-default"
-    if not emulator.exists(): build_emulator("default", load_task("bbc").calibration(64), emulator, ratio=RATIO)
-    return run | {"folder": str(emulator)}
+    if run["model"] != "default": folder = write_random(CONFIGS[run["model"]], folder, RATIO if run["stage"] == "train" else None)
+    elif run["stage"] == "train":
+        folder = folder.parent / "emulator-default"
+        if not folder.exists(): build_emulator("default", load_task("bbc").calibration(64), folder, ratio=RATIO)
+    else: folder.symlink_to(default_model())
+    companions(run["stage"], folder)
+    return run | {"folder": str(folder)}
 
 
 if __name__ == "__main__":
@@ -166,18 +230,23 @@ if __name__ == "__main__":
     args = parser.parse_args()
     if args.child: child(json.loads(args.child))
     else:
+        from emloc.streamed import kind
         rows = []
         with tempfile.TemporaryDirectory() as tmp:
             for i, run in enumerate(RUNS):
                 if args.only and not any(o in name(run) for o in args.only): continue
                 run = prepare(run, Path(tmp) / str(i))
-                (wanted, moment), got = predicted(run), measured(run)
-                rows.append({"run": name(run), "predicted_bytes": wanted, "measured_bytes": got["measured"], "ratio": wanted / got["measured"], "moment": moment})
-                print(f"{rows[-1]['run']:44} predicted {wanted / 2**20:7.0f} MiB, measured {got['measured'] / 2**20:7.0f}, ratio {rows[-1]['ratio']:.3f} ({moment})", flush=True)
+                got = measured(run)
+                need, planned = predicted(run, got["taken"])
+                # on a CPU the hidden states that wait are in the same memory
+                wanted, most = need.peak + need.host, planned.peak + planned.host
+                rows.append({"run": name(run), "predicted_bytes": wanted, "planned_bytes": most, "measured_bytes": got["measured"], "ratio": wanted / got["measured"], "planned_ratio": most / got["measured"],
+                             "moment": need.moment, "forks": sorted({f"{what} {kind(n)}" for what, n in got["taken"]})})
+                print(f"{rows[-1]['run']:44} predicted {wanted / 2**20:7.0f} MiB, planned {most / 2**20:7.0f}, measured {got['measured'] / 2**20:7.0f}, ratio {rows[-1]['ratio']:.3f} and {rows[-1]['planned_ratio']:.3f} ({need.moment})", flush=True)
         about = machine.describe()
         if not args.only:
-            lines = ["| run | predicted, MiB | measured, MiB | predicted / measured |", "| --- | --- | --- | --- |"]
-            lines += [f"| {r['run']} | {r['predicted_bytes'] / 2**20:.0f} | {r['measured_bytes'] / 2**20:.0f} | {r['ratio']:.2f} |" for r in rows]
+            lines = ["| run | predicted, MiB | measured, MiB | predicted / measured | planned / measured |", "| --- | --- | --- | --- | --- |"]
+            lines += [f"| {r['run']} | {r['predicted_bytes'] / 2**20:.0f} | {r['measured_bytes'] / 2**20:.0f} | {r['ratio']:.2f} | {r['planned_ratio']:.2f} |" for r in rows]
             report = {"machine": about, "rows": rows, "within_10_percent": sum(0.9 <= r["ratio"] <= 1.1 for r in rows), "markdown": "\n".join([*lines, "", f"({machine.line(about)}. Peaks above the imported libraries, each run in a process of its own.)"])}
             (HERE / "results" / "plan.json").write_text(json.dumps(report, indent=1) + "\n")
             print(report["markdown"])

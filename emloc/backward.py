@@ -13,7 +13,7 @@ from .walk import Step, Walk, completion_losses, keep_last
 # %% auto #0
 __all__ = ['loss_gradient', 'back_through']
 
-# %% ../nbs/02a_backward.ipynb #3235c0c9
+# %% ../nbs/02a_backward.ipynb #4dfb353d
 def loss_gradient(
     walk: Walk, # whose hidden states are those after the last block
 ) -> tuple: # (loss in nats per completion token, [gradient with respect to the hidden states (rows, tokens, features), one for each batch])
@@ -22,21 +22,25 @@ def loss_gradient(
     if tokens == 0: raise EmlocError("the rows have no completion token to learn from")
     for number, batch in enumerate(walk.batches):
         hidden = walk.hidden[0][number].to(walk.device).requires_grad_()
-        with torch.enable_grad():
-            logits = walk.forward(number, len(walk), hidden, **keep_last(walk.model, batch["labels"])).logits
-            loss = completion_losses(logits, batch["labels"])[0].sum() / tokens
-            loss.backward()
-        total, gradients = total + float(loss.detach()), [*gradients, hidden.grad]
+        keep = keep_last(walk.model, batch["labels"])
+        for rows in walk.portions(batch, keep):
+            with torch.enable_grad():
+                logits = walk.forward(number, len(walk), hidden, rows, **keep).logits
+                loss = completion_losses(logits, batch["labels"][rows])[0].sum() / tokens
+                loss.backward()
+            total += float(loss.detach())
+            del logits, loss
+        gradients.append(hidden.grad)
+    walk.put_head_away()
     return total, gradients
 
-# %% ../nbs/02a_backward.ipynb #c604fe79
+# %% ../nbs/02a_backward.ipynb #363087b7
 def back_through(
     step: Step, # a block in memory
     inputs: list, # hidden states that went into it, one for each batch; None before the first block
     gradients: list, # of the loss with respect to its outputs; replaced by those with respect to its inputs
 ):
     "Run a block on its inputs again and send the gradients back through it; whatever in it wants a gradient gets one."
-    for p in step.block.parameters(): p.requires_grad_(False)
     for number, kept in enumerate(inputs):
         if kept is not None: kept = kept.to(step.walk.device).requires_grad_()
         with torch.enable_grad(): out = step.walk.forward(number, step.index, kept)

@@ -41,7 +41,7 @@ __all__ = ['STAGES', 'OPTIONAL', 'SHARED', 'emulate', 'finetune', 'fitting', 'pl
            'correct', 'polish', 'merge', 'evaluate', 'compare', 'demo', 'as_words', 'read_config', 'run', 'Parser',
            'options', 'parser', 'describe', 'takes_part', 'main']
 
-# %% ../nbs/70_cli.ipynb #9875192d
+# %% ../nbs/70_cli.ipynb #43b9e5f9
 def emulate(args) -> dict:
     "Stage 1: build the emulator of MODEL from rows of TASK."
     if args.budget and args.ratio: raise EmlocError("give either a ratio or a budget, and not both")
@@ -80,7 +80,7 @@ def finetune(args) -> dict:
 
 def fitting(args) -> Plan:
     "The plan for a budget. Raises `EmlocError` when nothing fits."
-    found = plan_memory(args.model, budget=args.budget, batch_size=args.train_batch, seq_len=args.max_length, rows=args.rows, walk_batch=args.batch_size)
+    found = plan_memory(args.model, budget=args.budget, batch_size=args.train_batch, seq_len=args.max_length, rows=args.rows, walk_batch=args.batch_size, metric=args.metric)
     if not found.fits: raise EmlocError(" ".join(line.strip() for line in found.advice))
     print(f"the largest ratio that fits {args.budget} is {found.ratio:.3f}: training {args.train_batch} rows of {args.max_length} tokens will need {found.stages[1].peak / 2**30:.2f} GiB")
     return found
@@ -88,7 +88,8 @@ def fitting(args) -> Plan:
 def plan(args) -> dict:
     "What each stage on MODEL will need, from its config alone, and the ranks that fit."
     found = plan_memory(args.model, budget=args.budget, ratio=args.ratio, batch_size=args.batch_size, seq_len=args.seq_len, completion=args.completion,
-                        checkpointing=not args.no_checkpointing, lora=lora_config(args.rank), rows=args.rows, walk_batch=args.walk_batch)
+                        checkpointing=not args.no_checkpointing, lora=lora_config(args.rank), rows=args.rows, walk_batch=args.walk_batch,
+                        metric=args.metric, train_rows=args.train_rows, anchor_every=args.anchor_every)
     print(found)
     return found.report()
 
@@ -221,7 +222,7 @@ def run(args) -> dict:
         print(describe(results[stage]))
     return results
 
-# %% ../nbs/70_cli.ipynb #6d09cb9b
+# %% ../nbs/70_cli.ipynb #d4fd4685
 class Parser(argparse.ArgumentParser):
     "argparse, whose complaints are one clear line and exit code 2."
     def error(self, message): self.exit(2, f"emloc: {message}; see {self.prog} --help\n")
@@ -258,6 +259,9 @@ def parser() -> Parser:
     c.add_argument("--rank", type=int, default=8, help="of the LoRA")
     c.add_argument("--rows", type=int, default=256, help="calibration rows")
     c.add_argument("--walk-batch", type=int, default=16, help="calibration rows that go through a block together")
+    c.add_argument("--metric", choices=METRICS, default="fisher", help="of the emulator")
+    c.add_argument("--train-rows", type=int, default=1000, help="rows that get anchors, if they are wanted")
+    c.add_argument("--anchor-every", type=int, default=1, help="blocks between two anchors")
     c = options(sub, "emulate", emulate, ["model", "task"], "emulator")
     c.add_argument("--ratio", type=float, help="share of the linears' parameters to keep, in (0, 1]; 0.25 if there is no budget")
     c.add_argument("--budget", help="memory that all stages may take, such as 24GiB: the largest ratio that fits")

@@ -36,7 +36,7 @@ __all__ = ['log', 'README', 'Seen', 'add_up', 'watched_inputs', 'look_forward', 
            'forward_pass', 'backward_pass', 'choose_ranks', 'finish_emulator', 'block_file', 'check_calibration',
            'build_emulator', 'collect_spectra', 'load_spectra']
 
-# %% ../nbs/12_emulator.ipynb #6a1cb3c8
+# %% ../nbs/12_emulator.ipynb #1c261858
 @dataclass
 class Seen:
     "What a block's linears saw on the calibration rows, in all processes together."
@@ -53,7 +53,7 @@ def add_up(
     grams = {}
     for group in dict.fromkeys(known[n] for n in step.linears if n in known):
         gram = own.get(group) or Gram(width(dense_weight(step.linears[group[0]])), device=step.walk.device)
-        gram.matrix, gram.count = reduce(gram.matrix, "sum"), sum(gather_object([gram.count]))
+        if processes().num_processes > 1: gram.matrix, gram.count = reduce(gram.matrix, "sum"), sum(gather_object([gram.count])) # alone it would be a copy
         grams |= dict.fromkeys(group, gram)
     return grams
 
@@ -86,7 +86,7 @@ def divide(
     for name in sorted(costs, key=costs.get, reverse=True): min(shares, key=lambda names: sum(map(costs.get, names))).append(name)
     return shares
 
-# %% ../nbs/12_emulator.ipynb #964a51fb
+# %% ../nbs/12_emulator.ipynb #b0ee91a5
 @dataclass
 class BuiltBlock:
     "An emulated block."
@@ -108,19 +108,22 @@ def build_block(
     seen, team, pairs, sigmas, errors = look(step), processes(), {}, {}, {}
     missing = set(step.linears) - set(seen.inputs)
     if missing: raise EmlocError(f"{sorted(missing)[0]}: no calibration token reached this layer, so it cannot be emulated; give more or other rows")
-    for name in divide({n: tuple(dense_weight(m).shape) for n, m in step.linears.items()}, team.num_processes)[team.process_index]:
+    mine = divide({n: tuple(dense_weight(m).shape) for n, m in step.linears.items()}, team.num_processes)[team.process_index]
+    for name in reversed(mine): # the largest last, when most Gram matrices have gone
         weight = dense_weight(step.linears[name])
         wanted = (name, ranks.get(name, 0))
-        spectrum = decompose_fisher(weight, seen.inputs[name], seen.gradients[name], *wanted) if seen.gradients else decompose(weight, seen.inputs[name], *wanted)
+        gram, gradients = seen.inputs.pop(name), (seen.gradients or {}).pop(name, None)
+        spectrum = decompose_fisher(weight, gram, gradients, *wanted) if gradients else decompose(weight, gram, *wanted)
         sigmas |= {name: spectrum.sigma.float().cpu(), f"{name}.rest": torch.tensor(spectrum.rest)}
         if name not in ranks: continue
         U, V = truncate(spectrum, ranks[name])
         pairs[f"{name}.U"], pairs[f"{name}.V"] = U.to(weight.dtype).cpu(), V.to(weight.dtype).cpu()
         errors[name] = spectrum.error(ranks[name])
+        del spectrum, U, V
     tensors = {f"{step.name}.{n}": p for n, p in step.block.state_dict().items() if f"{step.name}.{n.removesuffix('.weight')}" not in ranks}
     tensors = {n: t.detach().contiguous().cpu() for n, t in tensors.items()}
     for found in gather_object([(pairs, sigmas, errors)]):
-        for mine, theirs in zip((tensors, sigmas, errors), found): mine |= theirs
+        for own, theirs in zip((tensors, sigmas, errors), found): own |= theirs
     return BuiltBlock(tensors, sigmas, errors)
 
 # %% ../nbs/12_emulator.ipynb #6ce88337

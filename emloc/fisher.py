@@ -16,14 +16,15 @@ METRICS = ("activation", "fisher")
 # %% auto #0
 __all__ = ['METRICS', 'fisher_root', 'decompose_fisher', 'output_gradients']
 
-# %% ../nbs/10a_fisher.ipynb #1a2e72a9
+# %% ../nbs/10a_fisher.ipynb #9f81d033
 def fisher_root(
     gradients: Gram, # Σ gᵀg over the output gradients of a weight, (out, out)
     damping: float = 0.1, # how much of the identity is added, relative to the mean of the diagonal
 ) -> torch.Tensor: # H (out, out), lower triangular, with H Hᵀ = L / mean(diag L) + damping · I
     "Cholesky's root of the scaled and damped second moment of the gradients; their scale drops out of the factors."
     L = gradients.matrix / gradients.matrix.diagonal().mean().clamp_min(torch.finfo(gradients.matrix.dtype).tiny)
-    return torch.linalg.cholesky(L.diagonal_scatter(L.diagonal() + damping))
+    L.diagonal().add_(damping)
+    return torch.linalg.cholesky(L)
 
 @torch.no_grad()
 def decompose_fisher(

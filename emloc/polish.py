@@ -71,7 +71,7 @@ class Training:
     def result(self) -> dict: # {module: (A, B)}
         return {m: (A.detach().cpu(), B.detach().cpu()) for m, (A, B, _) in self.pairs.items()}
 
-# %% ../nbs/32_polish.ipynb #f013f006
+# %% ../nbs/32_polish.ipynb #467bd870
 def polish_adapter(
     adapter, # a corrected adapter directory, or any LoRA for this model
     model, # the whole model: a directory, a hub name, or 'default'
@@ -96,7 +96,6 @@ def polish_adapter(
     take = lambda i: train.select([order[j % len(order)] for j in range(i * rows, (i + 1) * rows)])
     walk = Walk(checkpoint, take(0), batch_size=batch_size, max_length=max_length, device=device)
     check_shapes(lora, linear_shapes(walk.model), str(checkpoint.path))
-    for p in walk.model.parameters(): p.requires_grad_(False)
     training = Training(lora, walk.device, lr)
     options = {"steps": steps, "lr": lr, "rows": rows, "seed": seed}
     settings = options | {"batch_size": batch_size, "model": checkpoint.fingerprint(), "adapter": file_hash(Path(adapter) / "adapter_model.safetensors"), "data": rows_hash(train)}

@@ -15,7 +15,7 @@ from .data import EmlocError
 
 # %% auto #0
 __all__ = ['strips', 'add_symmetric', 'mirror', 'fast_products', 'Gram', 'eigh', 'Spectrum', 'krylov', 'leading', 'lost',
-           'power_of_two', 'decompose', 'truncate']
+           'power_of_two', 'factorise', 'decompose', 'truncate']
 
 # %% ../nbs/10_spectrum.ipynb #e6b74f92
 def strips(
@@ -52,7 +52,7 @@ def fast_products(
     try: yield
     finally: torch.set_float32_matmul_precision(before)
 
-# %% ../nbs/10_spectrum.ipynb #8744f67c
+# %% ../nbs/10_spectrum.ipynb #a8c6a273
 class Gram:
     "Σ xᵀx over the rows that were added; sums over batches and processes are just sums."
     def __init__(
@@ -97,8 +97,9 @@ class Gram:
     ) -> torch.Tensor: # S (in, in) with S Sᵀ = G
         "A square root of the Gram matrix: Cholesky's, or if G is too near to singular one from its eigenvectors. Computed once for all weights with this input."
         if self._root is None:
-            diagonal = self.matrix.diagonal()
-            root, failed = torch.linalg.cholesky_ex(self.matrix + (torch.finfo(diagonal.dtype).eps * diagonal).diag())
+            damped = self.matrix.clone()
+            damped.diagonal().mul_(1 + torch.finfo(damped.dtype).eps)
+            root, failed = torch.linalg.cholesky_ex(damped)
             if failed:
                 values, vectors = eigh(self.matrix)
                 root = vectors * values.clamp_min(max(float(values[-1]) * damping, torch.finfo(values.dtype).tiny)).sqrt()
@@ -170,7 +171,7 @@ def krylov(
     fine = (kept - before <= tolerance * (total - kept) + 1e-7 * total) & (skew < 1e-4)
     return (values[-k:].flip(0), basis @ vectors[:, -k:].flip(1)) if fine else None
 
-# %% ../nbs/10_spectrum.ipynb #b2fb3b1f
+# %% ../nbs/10_spectrum.ipynb #dee264fc
 def leading(
     matrix: torch.Tensor, # symmetric (n, n)
     k: int, # eigenvectors wanted; 0 for the values alone
@@ -198,6 +199,33 @@ def power_of_two(
     if not math.isfinite(value): raise EmlocError(f"{name} NaN or infinite entries")
     return 2.0 ** math.floor(math.log2(value)) if value > 0 else 1.0
 
+def factorise(
+    weight: torch.Tensor, # (out, in), any float dtype
+    gram: Gram, # of its inputs
+    k: int, # leading directions wanted
+    dtype: torch.dtype, # to compute in
+    name: str, # the layer, for messages
+): # a Spectrum, or None where this dtype does not resolve it
+    "One attempt; what it held is free again when it returns."
+    (out, in_), matrix, n = weight.shape, gram.matrix.to(weight.device), min(weight.shape)
+    size = power_of_two(float(weight.abs().amax()), f"{name}: the weight has")
+    spread = power_of_two(float(matrix.diagonal().amax()) ** 0.5, f"{name}: its inputs on the calibration rows have")
+    scaled, small = weight.to(dtype, copy=True).div_(size * spread), matrix.new_zeros(n, n, dtype=dtype)
+    if out <= in_:
+        for strip in strips(in_): add_symmetric(small, scaled[:, strip].T, (scaled @ matrix[:, strip].to(dtype)).T)
+    else:
+        root = (gram if dtype == matrix.dtype else gram.double()).root().to(weight.device)
+        rows, unit = (scaled, 1.0) if dtype == torch.float64 else (weight / size, spread * spread) # a product of bfloat16 numbers is fast
+        add_symmetric(small, root, Gram(in_, dtype, weight.device).add(rows).matrix @ root)
+        small /= unit
+    try: energy, left = leading(mirror(small), k)
+    except torch.linalg.LinAlgError as error:
+        raise EmlocError(f"{name}: the eigendecomposition did not converge, not even in float64 ({error}); try other calibration rows") from error
+    if lost(energy, min(k or n, max(1, n // 4))): return None
+    if out > in_: left = torch.linalg.qr(scaled @ (root @ left))[0]
+    rest = float(small.diagonal().double().sum() - energy.double().sum()) if len(energy) < n else 0.
+    return Spectrum(left, energy.clamp_min(0).sqrt() * size * spread, (left.T @ scaled).mul_(size * spread), max(0., rest) * (size * spread) ** 2)
+
 @torch.no_grad()
 def decompose(
     weight: torch.Tensor, # (out, in), any float dtype
@@ -206,26 +234,10 @@ def decompose(
     rank: int | None = None, # leading directions wanted; None for all, 0 for sigma alone
 ) -> Spectrum:
     "The activation-aware spectrum of a weight. Raises `EmlocError` when the weight or its inputs are not finite."
-    (out, in_), matrix = weight.shape, gram.matrix.to(weight.device)
-    n = min(out, in_)
+    n, dtype = min(weight.shape), gram.matrix.dtype
     k = n if rank is None else rank
     if not 0 <= k <= n: raise EmlocError(f"{name}: rank {k} must be between 1 and {n}, the smaller side of this weight")
-    size = power_of_two(float(weight.abs().amax()), f"{name}: the weight has")
-    spread = power_of_two(float(matrix.diagonal().amax()) ** 0.5, f"{name}: its inputs on the calibration rows have")
-    scaled, small = weight.to(matrix.dtype) / (size * spread), matrix.new_zeros(n, n)
-    if out <= in_:
-        for strip in strips(in_): add_symmetric(small, scaled[:, strip].T, (scaled @ matrix[:, strip]).T)
-    else:
-        root = gram.root().to(weight.device)
-        add_symmetric(small, root, Gram(in_, matrix.dtype, weight.device).add(weight / size).matrix @ root)
-        small /= spread * spread
-    try: energy, left = leading(mirror(small), k)
-    except torch.linalg.LinAlgError as error:
-        raise EmlocError(f"{name}: the eigendecomposition did not converge, not even in float64 ({error}); try other calibration rows") from error
-    if lost(energy, min(k or n, max(1, n // 4))): return decompose(weight, gram.double(), name, rank).to(matrix.dtype)
-    if out > in_: left = torch.linalg.qr(scaled @ (root @ left))[0]
-    rest = float(small.diagonal().double().sum() - energy.double().sum()) if len(energy) < n else 0.
-    return Spectrum(left, energy.clamp_min(0).sqrt() * size * spread, (left.T @ scaled).mul_(size * spread), max(0., rest) * (size * spread) ** 2)
+    return factorise(weight, gram, k, dtype, name) or factorise(weight, gram, k, torch.float64, name).to(dtype)
 
 def truncate(
     spectrum: Spectrum,

@@ -18,7 +18,8 @@ from .data import EmlocError, collator, encode_rows, load_tokenizer
 from .model import Checkpoint, block_names, empty, fill, linears, skeleton
 
 # %% auto #0
-__all__ = ['stand_ins', 'hidden_of', 'with_hidden', 'make_batches', 'bare', 'keep_last', 'completion_losses', 'Walk', 'Step']
+__all__ = ['LOGITS', 'stand_ins', 'hidden_of', 'with_hidden', 'make_batches', 'bare', 'keep_last', 'completion_losses', 'Walk',
+           'Step']
 
 # %% ../nbs/02_walk.ipynb #7ffe3828
 class _Stop(Exception):
@@ -87,7 +88,9 @@ def completion_losses(
     losses = F.cross_entropy(logits.transpose(1, 2), labels, reduction="none", ignore_index=-100)
     return losses.sum(1), (labels >= 0).sum(1)
 
-# %% ../nbs/02_walk.ipynb #03a110b6
+# %% ../nbs/02_walk.ipynb #ccf83506
+LOGITS = 2**26 # numbers: a batch whose logits are more goes through the head a few rows at a time
+
 class Walk:
     "A model on disk, walked block by block with a set of rows."
     def __init__(
@@ -107,12 +110,20 @@ class Walk:
         tokenizer = load_tokenizer(self.checkpoint.path)
         self.tokenizer, self.share = tokenizer, share
         self.set_rows(encode_rows(rows, tokenizer, max_length), batch_size, variants)
-        self.model = skeleton(self.checkpoint) if model is None else model
+        self.begin(skeleton(self.checkpoint) if model is None else model)
+
+    def begin(
+        self,
+        model, # a skeleton
+    ):
+        "Find the blocks, and read what is outside them."
+        self.model = model.requires_grad_(False) # a walk trains none of it
         self.names = block_names(self.model)
         self.blocks = [self.model.get_submodule(n) for n in self.names]
         # a head of its own is only needed after the last block, and stage 1 never gets there
         head = self.model.get_output_embeddings()
-        self.late = [n for n, m in self.model.named_modules() if m is head and m.weight is not self.model.get_input_embeddings().weight]
+        self.heads = [n for n, m in self.model.named_modules() if m is head and m.weight is not self.model.get_input_embeddings().weight]
+        self.late = list(self.heads)
         fill(self.model, self.checkpoint, skip=[*self.names, *self.late], device=self.device)
         self.model.tie_weights()
         self.start, self.tuples, self.mask = 0, {}, None
@@ -141,6 +152,11 @@ class Walk:
         yield Step(self, index, self.names[index], fill(self.model, self.checkpoint, self.names[index], device=self.device))
         empty(self.blocks[index])
 
+    def put_head_away(self):
+        "Let go of a head of its own; it is read again when it is needed."
+        for name in self.heads: empty(self.model.get_submodule(name))
+        self.late = list(self.heads)
+
     def __iter__(self):
         for i in range(self.start, len(self)):
             with self.block(i) as step: yield step
@@ -157,10 +173,12 @@ class Walk:
         number: int, # of the batch
         index: int, # of the block, or len(self) for what comes after the last
         kept: torch.Tensor | None, # the hidden state that goes in; None: what the model itself hands to the first block
+        rows: slice = slice(None), # of the batch
         **more, # for the model's forward
     ): # the hidden state after the block, or the model's output
         "The model's own forward on one batch, with only one block real. Gradients flow from the result to what goes in."
-        batch = {k: v.to(self.device) for k, v in self.batches[number].items() if k != "labels"}
+        batch = {k: v[rows].to(self.device) for k, v in self.batches[number].items() if k != "labels"}
+        kept = None if kept is None else kept[rows]
         while self.late and index == len(self): fill(self.model, self.checkpoint, self.late.pop(), device=self.device)
         self.mask, found = batch["attention_mask"].bool(), []
         def call(i, own, args, kwargs):
@@ -185,7 +203,17 @@ class Walk:
         "After the last block: the model's own norm and head on the hidden states, batch by batch."
         for number, batch in enumerate(self.batches):
             keep = {} if whole else keep_last(self.model, batch["labels"])
-            yield batch, self._run(number, len(self), variant, **keep).logits
+            for rows in self.portions(batch, keep): yield {k: v[rows] for k, v in batch.items()}, self._run(number, len(self), variant, rows=rows, **keep).logits
+
+    def portions(
+        self,
+        batch: dict,
+        keep: dict, # of keep_last
+    ) -> list: # slices of its rows
+        "Rows whose logits are there at the same time."
+        (rows, tokens), kept = batch["input_ids"].shape, keep.get("logits_to_keep")
+        size = max(1, LOGITS // (self.model.config.get_text_config().vocab_size * (tokens if kept is None else len(kept))))
+        return [slice(i, i + size) for i in range(0, rows, size)]
 
     def save(self, file: Path, index: int):
         "Keep the hidden states that go into block `index`, to resume there."

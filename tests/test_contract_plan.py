@@ -13,7 +13,7 @@ from emloc.lowrank import emulator_config, put_pairs
 from emloc.model import Checkpoint
 from emloc.plan import parse_bytes, plan_memory
 from emloc.rank import uniform
-from emloc.simulate import block_inputs, extrapolate, highest, training_peaks
+from emloc.simulate import extrapolate, highest, training_peaks
 
 SMALL = {"batch_size": 2, "seq_len": 24}
 
@@ -45,7 +45,7 @@ def test_the_emulator_has_the_planned_bytes(llama, task, tmp_path):
 
 def test_a_deep_model_is_what_its_first_blocks_say():
     from transformers import AutoConfig
-    from emloc.plan import linear_shapes
+    from emloc.model import linear_shapes
     config = AutoConfig.for_model("llama", hidden_size=64, intermediate_size=96, num_hidden_layers=7, num_attention_heads=4, num_key_value_heads=2, vocab_size=128)
     def peaks(blocks):
         config.num_hidden_layers = blocks
@@ -54,10 +54,6 @@ def test_a_deep_model_is_what_its_first_blocks_say():
         return training_peaks(model, 2, 24)
     full, guess = highest(peaks(7)), highest(extrapolate(peaks, 7))
     assert full[0] == guess[0] and abs(sum(full[1].values()) / sum(guess[1].values()) - 1) < 0.01
-
-
-def test_q_k_v_and_gate_up_share_an_input(llama):
-    assert sorted(block_inputs(bare_model(*find_config(llama)), 2, 12)) == [32, 32, 32, 48]
 
 
 def test_checkpointing_batch_and_length_change_the_training():
@@ -99,7 +95,7 @@ def test_the_command(llama, tmp_path, capsys):
 def test_an_emulator_within_a_budget(llama, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(r) for r in tiny.rows()))
     words = ["emulate", str(llama), str(tmp_path / "rows.jsonl"), "--rows", "20", "--max-length", "32", "--out", str(tmp_path / "emulator")]
-    assert main([*words, "--budget", "24MiB", "--json", str(tmp_path / "found.json")]) == 0
+    assert main([*words, "--budget", "64MiB", "--json", str(tmp_path / "found.json")]) == 0
     assert (tmp_path / "emulator" / "config.json").is_file()
     assert main([*words[:-1], str(tmp_path / "never"), "--budget", "2MiB"]) == 2 and not (tmp_path / "never").exists()
-    assert main([*words[:-1], str(tmp_path / "never"), "--budget", "24MiB", "--ratio", "0.5"]) == 2
+    assert main([*words[:-1], str(tmp_path / "never"), "--budget", "64MiB", "--ratio", "0.5"]) == 2

@@ -1,0 +1,100 @@
+"""The stages that walk, simulated: what is simulated is what a real run holds, to a few per cent."""
+import pytest
+import torch
+from datasets import Dataset
+from torch.utils._pytree import tree_leaves
+
+from emloc.anchor import anchor_bytes
+from emloc.backward import loss_gradient
+from emloc.data import EmlocError
+from emloc.emulator import build_emulator
+from emloc.geometry import bare_model, find_config
+from emloc.model import linear_shapes
+from emloc.needs import Shapes, building
+from emloc.plan import plan_memory
+from emloc.rank import uniform
+from emloc.simulate import Ledger, shorten
+from emloc.spectrum import Gram
+from emloc import emulator, walk
+from emloc.streamed import building_peaks, kind, taken_forks
+from emloc.walk import Walk
+
+ROWS, LENGTH, BATCH = 16, 40, 8
+
+
+class Witness(Ledger):
+    "A ledger of a real run: tensors have numbers, and answer for themselves."
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves(out) if isinstance(t, torch.Tensor)]
+        for tensor in tensors: self.add(tensor)
+        rule = self.workspace.get(function)
+        if tensors: self.look(rule(args, out) if rule else 0)
+        return out
+
+
+def rows(): # in each of the two batches one that is a little shorter than the others
+    torch.manual_seed(0)
+    encoded = []
+    for i in range(ROWS):
+        ids = torch.randint(6, 320, (LENGTH - (i >= BATCH - 1) - (i == ROWS - 1),)).tolist()
+        encoded.append({"input_ids": ids, "labels": [-100] * (len(ids) - 6) + ids[-6:]})
+    return Dataset.from_list(encoded)
+
+
+@pytest.mark.parametrize("metric", ["activation", "fisher"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+def test_a_simulated_build_holds_what_a_real_one_holds(models, family, metric, tmp_path):
+    shapes = linear_shapes(bare_model(*find_config(models[family])))
+    ranks = uniform(shapes, 0.5)
+    with taken_forks() as taken, Witness() as witness: build_emulator(models[family], rows(), tmp_path / "emulator", ranks=ranks, batch_size=BATCH, metric=metric)
+    model = shorten(bare_model(*find_config(models[family])), 2 if metric == "fisher" else 1)
+    peaks = building_peaks(model, ranks, BATCH, LENGTH, metric=metric, completion=6, taken=taken)
+    real, simulated = (max(sum(p.values()) for p in found.values()) for found in (witness.peaks, peaks))
+    assert 0.95 * real <= simulated <= 1.15 * real
+
+
+def test_where_every_fork_costs_more_a_build_needs_more_and_a_run_writes_its_forks_down(models):
+    shapes = Shapes("SmolLM2-135M")
+    build = lambda taken: building(shapes, uniform(shapes.shapes, 0.25), 16, 8, 64, taken=taken)
+    assert build(None).peak > build(set()).peak
+    one = {("float64", "model.layers.7.mlp.down_proj")}
+    assert build(set()).peak < build(one).peak <= build(None).peak
+    assert kind("model.layers.7.mlp.down_proj") == kind("model.layers.12.mlp.down_proj") != kind("model.layers.7.mlp.up_proj")
+    torch.manual_seed(0)
+    scale = torch.ones(32)
+    scale[0] = 1e5
+    with taken_forks() as taken:
+        emulator.decompose(torch.randn(16, 32), Gram(32).add(torch.randn(200, 32)), "easy", 8)
+        emulator.decompose(torch.randn(16, 32), Gram(32).add(torch.randn(200, 32) * scale), "hard", 8)
+    assert taken == {("float64", "hard")}
+
+
+def test_the_fisher_metric_is_planned_and_unknown_ones_are_not(llama):
+    plans = {m: plan_memory(llama, ratio=0.5, batch_size=2, seq_len=24, metric=m) for m in ("activation", "fisher")}
+    assert plans["fisher"].stages[0].peak > plans["activation"].stages[0].peak and plans["fisher"].stages[0].disk > plans["activation"].stages[0].disk
+    assert plans["fisher"].stages[1].peak == plans["activation"].stages[1].peak and "fisher" in repr(plans["fisher"])
+    with pytest.raises(EmlocError, match="metric"): plan_memory(llama, ratio=0.5, metric="best")
+
+
+def test_options_have_a_line_each(llama):
+    plan = plan_memory(llama, ratio=0.5, batch_size=2, seq_len=24, rows=16, train_rows=50)
+    anchors, polish = plan.options
+    assert anchors.disk >= anchor_bytes(50 * 24, 32, 3) and polish.host == 3 * 32 * 24 * 32 * 4
+    sparse = plan_memory(llama, ratio=0.5, batch_size=2, seq_len=24, rows=16, train_rows=50, anchor_every=3).options[0]
+    assert anchors.disk - sparse.disk == 2 * 50 * 24 * 32 * 2
+    assert "anchors, 50 rows" in repr(plan) and [o["name"] for o in plan.report()["options"]] == [anchors.name, polish.name]
+
+
+def test_a_head_a_few_rows_at_a_time_changes_nothing(models, monkeypatch):
+    def found():
+        w = Walk(models["llama"], rows(), batch_size=BATCH)
+        for step in w: step.run()
+        loss, gradients = loss_gradient(w)
+        assert all(p.grad is None for p in w.model.parameters()) and w.late == w.heads != []
+        return loss, gradients, [logits for _, logits in w.outputs()]
+    loss, gradients, logits = found()
+    monkeypatch.setattr(walk, "LOGITS", 3 * 8 * 320)
+    other_loss, other, pieces = found()
+    assert len(pieces) > len(logits) and torch.allclose(torch.cat([p.flatten() for p in pieces]), torch.cat([l.flatten() for l in logits]), atol=1e-5)
+    assert loss == pytest.approx(other_loss, rel=1e-5) and all(torch.allclose(a, b, atol=1e-6) for a, b in zip(gradients, other))
