@@ -179,7 +179,7 @@ def building_peaks(
                 ledger.moment = "between blocks"
     return ledger.peaks
 
-# %% ../nbs/39a_streamed.ipynb #4c443aa9
+# %% ../nbs/39a_streamed.ipynb #1640b6ea
 def anchoring_peaks(
     model: nn.Module, # a skeleton with one block in its main list; changed in place
     emulated: nn.Module, # the same with pairs
