@@ -1,4 +1,4 @@
-"""Of the gain that LoRA on the whole model brings, how much does each method bring? Four tasks, three seeds.
+"""Of the gain that LoRA on the whole model brings, how much does each method bring?
 
     python bench/recovered.py [--tasks bbc wordnet inflect python] [--seeds 0 1 2] [--steps 150] [--out runs/recovered]
 
@@ -6,6 +6,7 @@ Writes bench/results/recovered.json and nbs/images/recovered.png from all tasks 
 """
 import argparse
 import json
+import statistics
 from pathlib import Path
 
 import machine
@@ -17,9 +18,16 @@ TITLES = {"bbc": "BBC News: one of 5 sections", "wordnet": "WordNet glosses: one
           "python": "documentation of Python: language modelling, all tokens"}
 
 
-def mean_share(found: dict, name: str, key: str) -> list:
-    "The shares of a method over tasks and seeds, where there is a score."
-    return [row[key] for task in found.values() for row in task["rows"] if row["name"] == name and row[key] is not None]
+def shares(found: dict, name: str, key: str) -> list:
+    "The shares of a method, a list for each task that has them."
+    tasks = [[row[key] for row in task["rows"] if row["name"] == name and row[key] is not None] for task in found.values()]
+    return [task for task in tasks if task]
+
+
+def cell(tasks: list) -> str:
+    "The mean over tasks of the mean over seeds, and the worst run."
+    if not tasks: return "–"
+    return f"{statistics.mean(map(statistics.mean, tasks)):.3f} ({min(map(min, tasks)):.3f}; {len(tasks)} task{'s' if len(tasks) > 1 else ''})"
 
 
 def table(found: dict, about: dict) -> str:
@@ -31,10 +39,9 @@ def table(found: dict, about: dict) -> str:
         lines += [f"**{TITLES.get(task, task)}** ({s['steps']} steps of {s['batch_size']} rows, {s['rows']} test rows, seeds {', '.join(str(seed) for seed in sorted({row['seed'] for row in result['rows']}))}, "
                   f"learning rate {', '.join(f'{r:g}' for r in rates)}{' chosen on validation rows' if len(s['rates']) > 1 else ''}):", "", result["markdown"], ""]
     names = list(dict.fromkeys(row["name"] for result in found.values() for row in result["rows"]))
-    lines += ["**All of them**, mean share of the gain over tasks and seeds (worst run):", "", "| | of the accuracy | of the NLL |", "| --- | --- | --- |"]
+    lines += ["**All of them**, mean over the tasks of the mean share over the seeds (worst run; how many tasks a method was run on):", "", "| | of the accuracy | of the NLL |", "| --- | --- | --- |"]
     for name in names:
-        cells = [mean_share(found, name, key) for key in ("accuracy_share", "nll_share")]
-        lines.append(f"| {name} | " + " | ".join(f"{sum(c) / len(c):.3f} ({min(c):.3f})" if c else "–" for c in cells) + " |")
+        lines.append(f"| {name} | " + " | ".join(cell(shares(found, name, key)) for key in ("accuracy_share", "nll_share")) + " |")
     first = next(iter(found.values()))["setting"]
     return "\n".join([f"SmolLM2-135M-Instruct, emulators of ratio {first['ratio']:g}: mean (range) over the seeds", "", *lines, "", f"({machine.line(about)}.)"])
 
