@@ -95,7 +95,7 @@ def test_the_command(llama, tmp_path, capsys):
 def test_an_emulator_within_a_budget(llama, tmp_path):
     (tmp_path / "rows.jsonl").write_text("\n".join(json.dumps(r) for r in tiny.rows()))
     words = ["emulate", str(llama), str(tmp_path / "rows.jsonl"), "--rows", "20", "--max-length", "32", "--out", str(tmp_path / "emulator")]
-    assert main([*words, "--budget", "64MiB", "--json", str(tmp_path / "found.json")]) == 0
+    assert main([*words, "--budget", "128MiB", "--json", str(tmp_path / "found.json")]) == 0
     assert (tmp_path / "emulator" / "config.json").is_file()
     assert main([*words[:-1], str(tmp_path / "never"), "--budget", "2MiB"]) == 2 and not (tmp_path / "never").exists()
-    assert main([*words[:-1], str(tmp_path / "never"), "--budget", "64MiB", "--ratio", "0.5"]) == 2
+    assert main([*words[:-1], str(tmp_path / "never"), "--budget", "128MiB", "--ratio", "0.5"]) == 2

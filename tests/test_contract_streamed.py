@@ -44,7 +44,8 @@ def rows(): # in each of the two batches one that is a little shorter than the o
 
 @pytest.mark.parametrize("metric", ["activation", "fisher"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
-def test_a_simulated_build_holds_what_a_real_one_holds(models, family, metric, tmp_path):
+def test_a_simulated_build_holds_what_a_real_one_holds(models, family, metric, tmp_path, caplog):
+    caplog.set_level("WARNING", logger="emloc") # pytest keeps what is logged, and with it the block that was built
     shapes = linear_shapes(bare_model(*find_config(models[family])))
     ranks = uniform(shapes, 0.5)
     with taken_forks() as taken, Witness() as witness: build_emulator(models[family], rows(), tmp_path / "emulator", ranks=ranks, batch_size=BATCH, metric=metric)
