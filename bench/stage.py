@@ -37,9 +37,9 @@ def texts(
     return full.select(long[skip:skip + rows])
 
 
-def emulate(model, out, *, rows=64, length=100, ratio=0.25, batch_size=16):
+def emulate(model, out, *, rows=64, length=100, ratio=0.25, batch_size=16, metric="activation"):
     "Stage 1."
-    emloc.build_emulator(model, texts(rows, length), out, ratio=ratio, max_length=length, batch_size=batch_size)
+    emloc.build_emulator(model, texts(rows, length), out, ratio=ratio, metric=metric, max_length=length, batch_size=batch_size)
 
 
 def anchor(emulator, model, out, *, rows=32, length=100, every=1, batch_size=16):
