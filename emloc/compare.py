@@ -28,7 +28,7 @@ from .rounds import Rounds
 # %% auto #0
 __all__ = ['METHODS', 'Method', 'Setting', 'Comparison', 'share', 'comparison_table', 'share_figure']
 
-# %% ../nbs/69_compare.ipynb #0525bc60
+# %% ../nbs/69_compare.ipynb #fb948988
 @dataclass
 class Method:
     "One way to an adapter for the whole model."
@@ -38,11 +38,20 @@ class Method:
     again: int = 0 # anchors again after so many steps; 0: once, before the training
     mode: str = "none" # of the correction
     polish: int = 0 # exact steps afterwards
+    form: str = "lowrank" # of the emulator
+    ratio: float | None = None # of the emulator; None: the setting's
+
+    def kind(self) -> str: # of the emulator, in the names of folders
+        return ("quantized" if self.form == "quantized" else self.metric or "model") + (f"-{self.ratio:g}" if self.ratio else "")
 
 METHODS = [Method("LoRA on the model"), Method("EMLoC", "activation"), Method("EMLoC, corrected", "activation", mode="auto"),
-           Method("Fisher metric, anchors in rounds", "fisher", 1, 25), Method("Fisher metric, rounds, 10 exact steps", "fisher", 1, 25, polish=10)]
+           Method("Fisher metric, anchors in rounds", "fisher", 1, 25), Method("Fisher metric, rounds, 10 exact steps", "fisher", 1, 25, polish=10),
+           Method("quantized, no anchors", "activation", form="quantized"), Method("quantized, anchors in rounds", "activation", 1, 25, form="quantized"),
+           Method("quantized, rounds, 10 exact steps", "activation", 1, 25, polish=10, form="quantized"),
+           Method("quantized to 0.1, anchors in rounds", "activation", 1, 25, form="quantized", ratio=0.1),
+           Method("quantized to 0.1, rounds, 10 exact steps", "activation", 1, 25, polish=10, form="quantized", ratio=0.1)]
 
-# %% ../nbs/69_compare.ipynb #0db73582
+# %% ../nbs/69_compare.ipynb #23422ea5
 @dataclass
 class Setting:
     "What all methods of a comparison have in common."
@@ -82,25 +91,26 @@ class Comparison:
         if not (self.out / name).is_dir(): make(self.out / name)
         return self.out / name
 
-    def emulator(self, metric: str) -> Path:
-        return self.made(f"emulator-{metric}", lambda path: build_emulator(self.setting.model, self.task.calibration(self.setting.calibration), path, ratio=self.setting.ratio, metric=metric))
+    def emulator(self, method: Method) -> Path:
+        s = self.setting
+        return self.made(f"emulator-{method.kind()}", lambda path: build_emulator(s.model, self.task.calibration(s.calibration), path, ratio=method.ratio or s.ratio, metric=method.metric, form=method.form))
 
     def anchors(self, method: Method):
         if not method.every: return None
         if method.again: return Rounds(self.setting.model, method.again, every=method.every)
-        return self.made(f"anchors-{method.metric}-{method.every}", lambda path: compute_anchors(self.emulator(method.metric), self.setting.model, self.train, path, every=method.every))
+        return self.made(f"anchors-{method.kind()}-{method.every}", lambda path: compute_anchors(self.emulator(method), self.setting.model, self.train, path, every=method.every))
 
     def raw(self, method: Method, seed: int, rate: float) -> Path: # as it was trained
         s = self.setting
         args = lambda path: training_args(f"{path}.checkpoints", steps=s.steps, lr=rate, batch_size=s.batch_size, seed=seed, save_strategy="no")
         def on_model(path): train_on_model(s.model, self.train, path, args(path))
-        def on_emulator(path): train_adapter(self.emulator(method.metric), self.train, path, args=args(path), anchors=self.anchors(method))
-        return self.made(f"{seed}/raw-{method.metric or 'model'}-{method.every}-{method.again}-{rate:g}", on_emulator if method.metric else on_model)
+        def on_emulator(path): train_adapter(self.emulator(method), self.train, path, args=args(path), anchors=self.anchors(method))
+        return self.made(f"{seed}/raw-{method.kind()}-{method.every}-{method.again}-{rate:g}", on_emulator if method.metric else on_model)
 
     def adapter(self, method: Method, seed: int, rate: float) -> Path: # for the whole model
         raw, s = self.raw(method, seed, rate), self.setting
         if not method.metric: return raw
-        plain = self.made(f"{raw.relative_to(self.out)}-{method.mode}", lambda path: correct_adapter(raw, self.emulator(method.metric), s.model, path, mode=method.mode,
+        plain = self.made(f"{raw.relative_to(self.out)}-{method.mode}", lambda path: correct_adapter(raw, self.emulator(method), s.model, path, mode=method.mode,
                                                                                                      calibration=self.task.calibration(128), held_out=self.task.validation))
         if not method.polish: return plain
         return self.made(f"{plain.relative_to(self.out)}-{method.polish}", lambda path: polish_adapter(plain, s.model, self.train, path, steps=method.polish, lr=rate, seed=seed))

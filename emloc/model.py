@@ -112,7 +112,7 @@ def find_model(
         raise EmlocError(f"model {path}: no safetensors file in it ({other}); load it with transformers and save_pretrained it first")
     return path
 
-# %% ../nbs/01_model.ipynb #b22988fd
+# %% ../nbs/01_model.ipynb #a2e65fbf
 class Checkpoint:
     "The tensors of a model directory, read one at a time."
     def __init__(
@@ -197,7 +197,9 @@ class Checkpoint:
         "The dtype in which the model is stored."
         kinds = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
         sizes = {}
-        for key, e in self.info.items(): sizes[e["dtype"]] = sizes.get(e["dtype"], 0) + self.size(key)
+        packed = (getattr(self.config, "quantization_config", None) or {}).get("quant_method") == "emloc" # an emulator: its bytes are no numbers
+        for key, e in self.info.items():
+            if not (packed and e["dtype"] not in kinds): sizes[e["dtype"]] = sizes.get(e["dtype"], 0) + self.size(key)
         most = max(sizes, key=sizes.get)
         if most not in kinds: raise EmlocError(f"model {self.path}: its weights are {most}, already quantised; emloc starts from {', '.join(kinds)}")
         return kinds[most]

@@ -15,7 +15,7 @@ from emloc.finetune import lora_config, train_adapter, training_args
 torch.set_num_threads(1)
 
 FAMILIES = list(tiny.BUILD)
-STAGED = ["llama", "gpt2", "phi3"]
+STAGED = ["llama", "gpt2", "phi3", "llama, quantized"]
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):
@@ -63,15 +63,16 @@ def llama(models): return models["llama"]
 
 @pytest.fixture(scope="session")
 def make_stages(models, task, tmp_path_factory):
-    "Function (family) -> model, emulator and raw adapter directories, built at first use."
+    "Function (family, perhaps with a form) -> model, emulator and raw adapter directories, built at first use."
     made = {}
     def make(family):
         if family not in made:
             folder = tmp_path_factory.mktemp(f"stages-{family}")
-            emulator = build_emulator(models[family], task.calibration(), folder / "emulator", ratio=0.5)
+            kind, form = (*family.split(", "), "lowrank")[:2]
+            emulator = build_emulator(models[kind], task.calibration(), folder / "emulator", form=form, ratio=0.5 if form == "lowrank" else 0.15)
             raw = train_adapter(emulator, task.train, folder / "raw", lora=lora_config(rank=4, alpha=8),
                                 args=training_args(folder / "checkpoints", steps=6, lr=1e-2, bf16=False))
-            made[family] = SimpleNamespace(family=family, model=models[family], emulator=emulator, raw=raw)
+            made[family] = SimpleNamespace(family=family, model=models[kind], emulator=emulator, raw=raw)
         return made[family]
     return make
 

@@ -158,11 +158,11 @@ print(json.dumps(out))
 """
 
 def test_an_emulator_loads_in_a_fresh_process(make_stages):
-    emulators = {family: make_stages(family).emulator for family in ("llama", "gpt2", "phi3")}
+    emulators = {family: make_stages(family).emulator for family in ("llama", "gpt2", "phi3", "llama, quantized")}
     found = tiny.fresh_process(ROUND_TRIP, *(word for pair in emulators.items() for word in pair))
-    assert len(found) == 6
+    assert len(found) == 8
     for name, values in found.items():
-        assert tiny.differs(torch.tensor(values), tiny.logits(load_emulator(emulators[name.split(",")[0]])).flatten()) < 1e-5, name
+        assert tiny.differs(torch.tensor(values), tiny.logits(load_emulator(emulators[name.rsplit(",", 1)[0]])).flatten()) < 1e-5, name
 
 
 def interrupt(monkeypatch, at):

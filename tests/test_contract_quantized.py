@@ -1,0 +1,171 @@
+"""Weights in few bits: levels, bytes, rounding in the metric of the inputs, and emulators made of them."""
+import math
+
+import pytest
+import tiny
+import torch
+
+import emloc.emulator
+from emloc.data import EmlocError
+from emloc.emulator import build_emulator
+from emloc.lowrank import emulator_config, emulator_weight, load_emulator
+from emloc.model import Checkpoint, Conv1D, block_linears, skeleton
+from emloc.packed import PER_BYTE, QuantizedLinear, as_stored, gaussian_levels, layout, meanings, pack_numbers
+from emloc.rounding import quantize
+from emloc.spectrum import Gram
+
+
+@pytest.mark.parametrize("levels, largest, error", [(2, 0.7979, 0.3634), (3, 1.224, 0.1902), (4, 1.510, 0.1175), (6, 1.894, 0.05798), (16, 2.733, 0.009497)])
+def test_levels_are_those_of_max_1960(levels, largest, error):
+    book = gaussian_levels(levels).double()
+    assert float(book[-1]) == pytest.approx(largest, rel=4e-3) and torch.allclose(book, -book.flip(0))
+    x = torch.linspace(-8, 8, 400_001, dtype=torch.float64)
+    off = (book[torch.bucketize(x, (book[1:] + book[:-1]) / 2)] - x).square() * torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+    assert float(off.sum() * (x[1] - x[0])) == pytest.approx(error, rel=2e-3)
+
+
+@pytest.mark.parametrize("levels", sorted(PER_BYTE))
+@pytest.mark.parametrize("columns", [1, 7, 64, 101])
+def test_numbers_come_back_from_their_bytes(levels, columns):
+    numbers = torch.randint(levels, (5, columns), generator=torch.Generator().manual_seed(columns))
+    code = pack_numbers(numbers, levels)
+    assert code.dtype == torch.uint8 and code.shape == (5, -(-columns // PER_BYTE[levels]))
+    assert torch.equal(meanings(torch.arange(levels))[code.long()].flatten(1)[:, :columns], numbers)
+
+
+@pytest.mark.parametrize("shape", [(576, 576), (192, 576), (1536, 576), (576, 1536), (100, 90), (32, 50)])
+@pytest.mark.parametrize("bits", [1.9, 2.5, 4.0, 6.0, 8.0])
+def test_a_layer_takes_the_bits_asked_for_and_not_more(shape, bits):
+    out, in_ = shape
+    layer = QuantizedLinear(in_, out, bits)
+    taken = 8 * sum(p.numel() * p.element_size() for n, p in layer.named_parameters() if not n.endswith(("book", "unit"))) / (out * in_)
+    slack = 24 / in_ * 4 + 2 * 8 / in_ # whole steps of 24 columns, at most 4 bits apart, and bytes that are not full
+    assert bits - slack < taken <= bits + 2 * 8 / in_
+
+
+@pytest.mark.parametrize("bits", [0.5, 1.0, 12.0])
+def test_bits_that_cannot_be_are_refused_with_those_that_can(bits):
+    with pytest.raises(EmlocError, match="between 1.* and 8.* are possible"): layout((576, 576), bits)
+
+
+@pytest.fixture
+def seen():
+    "A weight, and inputs of few directions with some loud columns."
+    seed = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 20, generator=seed) @ torch.randn(20, 150, generator=seed) + 0.3 * torch.randn(400, 150, generator=seed)
+    x[:, 5] *= 10
+    return torch.randn(70, 150, generator=seed), x
+
+
+def output_error(W, other, x): return float(((x @ (W - other).T).square().sum() / (x @ W.T).square().sum()).sqrt())
+
+
+@pytest.mark.parametrize("bits", [1.6, 2.0, 3.1, 4.0])
+def test_rounding_in_the_metric_of_the_inputs_beats_the_nearest_levels(bits, seen):
+    W, x = seen
+    layer, error = quantize(W, Gram(150).add(x), bits)
+    nearest, _ = quantize(W, Gram(150), bits)
+    assert error == pytest.approx(output_error(W, layer.dense(), x), rel=1e-2)
+    assert error < 0.6 * output_error(W, nearest.dense(), x)
+
+
+def test_many_bits_are_nearly_the_weight(seen):
+    W, x = seen
+    layer, error = quantize(W, Gram(150).add(x), 8.38)
+    assert error < 0.01
+    assert torch.allclose(layer(x), x @ layer.dense().T, atol=1e-3)
+
+
+def test_the_gradient_is_that_of_the_dense_layer_also_under_autocast(seen):
+    W, x = seen
+    layer, same = quantize(W, Gram(150).add(x), 3.0)[0], torch.nn.Linear(150, 70, bias=False)
+    same.weight.data = layer.dense()
+    for kind in (torch.float32, torch.bfloat16):
+        grads = []
+        for module in (layer, same):
+            own = x.clone().requires_grad_()
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=kind == torch.bfloat16): y = module(own)
+            assert y.dtype == kind
+            y.float().square().sum().backward()
+            grads.append(own.grad)
+        assert float((grads[0] - grads[1]).norm() / grads[1].norm()) < (1e-4 if kind == torch.float32 else 3e-2)
+
+
+def test_columns_that_no_input_reaches_and_weights_of_zero_do_no_harm(seen):
+    W, x = seen
+    x[:, 10:40] = 0
+    layer, error = quantize(W, Gram(150).add(x), 2.0)
+    assert math.isfinite(error) and torch.isfinite(layer.dense()).all()
+    layer, error = quantize(torch.zeros(70, 150), Gram(150).add(x), 2.0)
+    assert float(layer.dense().abs().max()) < 1e-20
+
+
+@pytest.mark.parametrize("where", ["weight", "inputs"])
+def test_what_is_not_finite_is_named(where, seen):
+    W, x = seen
+    (W if where == "weight" else x)[3, 3] = float("nan")
+    with pytest.raises(EmlocError, match="up_proj.*NaN"): quantize(W, Gram(150).add(x), 2.0, "up_proj")
+
+
+@pytest.fixture
+def rows(task): return task.train.select(range(16))
+
+
+def test_an_emulator_is_made_of_the_rounded_weights_and_as_small_as_asked_for(model, rows, tmp_path):
+    path = build_emulator(model, rows, tmp_path / "emulator", ratio=0.2, form="quantized")
+    emulator, whole, own = load_emulator(path), Checkpoint(model), Checkpoint(path)
+    linears = block_linears(skeleton(whole))
+    assert emulator_config(path).bits == dict.fromkeys(linears, 6.4) and not emulator_config(path).ranks
+    for name, linear in linears.items():
+        W, rounded = whole.read(f"{name}.weight"), emulator.get_submodule(name).dense()
+        assert torch.equal(rounded, emulator_weight(own, name))
+        W = W.T if isinstance(linear, Conv1D) else W
+        assert 0 < float((rounded - W).norm() / W.norm()) < 0.3, name
+        bias = getattr(emulator.get_submodule(name), "bias", None)
+        if bias is not None: assert torch.equal(bias, whole.read(f"{name}.bias"))
+    assert tiny.differs(tiny.logits(emulator), tiny.logits(tiny.load(model))) > 0
+
+
+def test_more_bits_are_more_like_the_model(llama, rows, tmp_path):
+    whole = tiny.logits(tiny.load(llama))
+    distance = lambda ratio: float((tiny.logits(load_emulator(build_emulator(llama, rows, tmp_path / str(ratio), ratio=ratio, form="quantized"))) - whole).norm())
+    assert distance(0.08) > 2 * distance(0.25) > 0
+
+
+@pytest.mark.parametrize("ratio, most", [(0.9, 10), (1, None)])
+def test_more_than_eight_bits_are_never_needed_and_ratio_one_changes_nothing(ratio, most, llama, rows, tmp_path):
+    path = build_emulator(llama, rows, tmp_path / "emulator", ratio=ratio, form="quantized")
+    assert all(8 < bits < most for bits in emulator_config(path).bits.values())
+    assert tiny.differs(tiny.logits(load_emulator(path)), tiny.logits(tiny.load(llama))) < (0.2 if most else 1e-9)
+
+
+def test_a_cast_and_another_save_keep_the_bytes(make_stages, tmp_path):
+    path = make_stages("llama, quantized").emulator
+    half = load_emulator(path, dtype=torch.bfloat16)
+    half.save_pretrained(tmp_path / "again")
+    for name in emulator_config(path).bits: assert torch.equal(half.get_submodule(name).dense(), emulator_weight(Checkpoint(tmp_path / "again"), name))
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(llama, rows, tmp_path, monkeypatch):
+    options = {"ratio": 0.15, "form": "quantized"}
+    undisturbed = tiny.contents(build_emulator(llama, rows, tmp_path / "undisturbed", **options))
+    real = emloc.emulator.build_block
+    def stop(step, *more):
+        if step.index == 1: raise KeyboardInterrupt
+        return real(step, *more)
+    monkeypatch.setattr(emloc.emulator, "build_block", stop)
+    with pytest.raises(KeyboardInterrupt): build_emulator(llama, rows, tmp_path / "emulator", **options)
+    monkeypatch.undo()
+    assert tiny.contents(build_emulator(llama, rows, tmp_path / "emulator", **options)) == undisturbed
+
+
+@pytest.mark.parametrize("options, message", [
+    (dict(ratio=0.15, metric="fisher"), "metric"), (dict(ranks={"model.layers.0.mlp.up_proj": 3}), "ranks"), ({}, "ratio"), (dict(ratio=0.03), "between"),
+    (dict(ratio=0), "ratio 0")])
+def test_what_a_quantized_emulator_cannot_be_leaves_nothing(options, message, llama, rows, tmp_path):
+    with pytest.raises(EmlocError, match=message): build_emulator(llama, rows, tmp_path / "emulator", form="quantized", **options)
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_unknown_form_is_refused(llama, rows, tmp_path):
+    with pytest.raises(EmlocError, match="lowrank, quantized"): build_emulator(llama, rows, tmp_path / "emulator", form="packed", ratio=0.2)
