@@ -52,7 +52,7 @@ def fast_products(
     try: yield
     finally: torch.set_float32_matmul_precision(before)
 
-# %% ../nbs/10_spectrum.ipynb #a8c6a273
+# %% ../nbs/10_spectrum.ipynb #8419dba9
 class Gram:
     "Σ xᵀx over the rows that were added; sums over batches and processes are just sums."
     def __init__(
@@ -74,6 +74,9 @@ class Gram:
         with fast_products(x.dtype == torch.bfloat16): add_symmetric(self._sum, rows, rows)
         self.count, self._root, self._mirrored = self.count + len(rows), None, False
         return self
+
+    @property
+    def width(self) -> int: return len(self._sum)
 
     @property
     def matrix(self) -> torch.Tensor: # (in, in)
@@ -171,7 +174,7 @@ def krylov(
     fine = (kept - before <= tolerance * (total - kept) + 1e-7 * total) & (skew < 1e-4)
     return (values[-k:].flip(0), basis @ vectors[:, -k:].flip(1)) if fine else None
 
-# %% ../nbs/10_spectrum.ipynb #dee264fc
+# %% ../nbs/10_spectrum.ipynb #c14ada89
 def leading(
     matrix: torch.Tensor, # symmetric (n, n)
     k: int, # eigenvectors wanted; 0 for the values alone
@@ -201,17 +204,20 @@ def power_of_two(
 
 def factorise(
     weight: torch.Tensor, # (out, in), any float dtype
-    gram: Gram, # of its inputs
+    gram: Gram, # of its inputs, or of its outputs where they are fewer
     k: int, # leading directions wanted
     dtype: torch.dtype, # to compute in
     name: str, # the layer, for messages
 ): # a Spectrum, or None where this dtype does not resolve it
     "One attempt; what it held is free again when it returns."
     (out, in_), matrix, n = weight.shape, gram.matrix.to(weight.device), min(weight.shape)
+    outputs = gram.width < in_
     size = power_of_two(float(weight.abs().amax()), f"{name}: the weight has")
-    spread = power_of_two(float(matrix.diagonal().amax()) ** 0.5, f"{name}: its inputs on the calibration rows have")
+    spread = power_of_two(float(matrix.diagonal().amax()) ** 0.5, f"{name}: its {'outputs' if outputs else 'inputs'} on the calibration rows have")
+    if outputs: size = 1.0
     scaled, small = weight.to(dtype, copy=True).div_(size * spread), matrix.new_zeros(n, n, dtype=dtype)
-    if out <= in_:
+    if outputs: small.copy_(matrix).div_(spread).div_(spread)
+    elif out <= in_:
         for strip in strips(in_): add_symmetric(small, scaled[:, strip].T, (scaled @ matrix[:, strip].to(dtype)).T)
     else:
         root = (gram if dtype == matrix.dtype else gram.double()).root().to(weight.device)
@@ -229,12 +235,13 @@ def factorise(
 @torch.no_grad()
 def decompose(
     weight: torch.Tensor, # (out, in), any float dtype
-    gram: Gram, # of the inputs of this weight, (in, in)
+    gram: Gram, # of the inputs of this weight, (in, in); for out < in that of its outputs, (out, out), says the same
     name: str = "weight", # the layer, for messages
     rank: int | None = None, # leading directions wanted; None for all, 0 for sigma alone
 ) -> Spectrum:
     "The activation-aware spectrum of a weight. Raises `EmlocError` when the weight or its inputs are not finite."
     n, dtype = min(weight.shape), gram.matrix.dtype
+    if gram.width not in (n, weight.shape[1]): raise EmlocError(f"{name}: a Gram matrix of width {gram.width} is neither of the inputs nor of the outputs of a weight of shape {tuple(weight.shape)}")
     k = n if rank is None else rank
     if not 0 <= k <= n: raise EmlocError(f"{name}: rank {k} must be between 1 and {n}, the smaller side of this weight")
     return factorise(weight, gram, k, dtype, name) or factorise(weight, gram, k, torch.float64, name).to(dtype)
