@@ -36,7 +36,7 @@ __all__ = ['log', 'README', 'Seen', 'add_up', 'watched_inputs', 'look_forward', 
            'forward_pass', 'backward_pass', 'choose_ranks', 'finish_emulator', 'block_file', 'check_calibration',
            'build_emulator', 'collect_spectra', 'load_spectra']
 
-# %% ../nbs/12_emulator.ipynb #fe88a9d2
+# %% ../nbs/12_emulator.ipynb #ac2665c6
 @dataclass
 class Seen:
     "What a block's linears saw on the calibration rows, in all processes together."
@@ -70,12 +70,14 @@ def watched_inputs(
     def keep(name):
         def hook(module, args, y): outputs[name].append(y.detach() if module.bias is None else y.detach().float() - module.bias)
         return hook
+    def gram(group, width, device):
+        if group not in own: own[group] = Gram(width, device=device)
+        return own[group]
     def add(names, x):
-        found = [((n,), step.unpadded(outputs[n].pop(0))) for n in names if n in outputs]
-        if len(found) < len(names) or sum(y.shape[-1] ** 2 for _, y in found) >= x.shape[-1] ** 2: found = [(names, x)]
-        for group, rows in found:
-            if group not in own: own[group] = Gram(rows.shape[-1], device=rows.device)
-            own[group].add(rows)
+        found = {n: outputs[n].pop(0) for n in names if n in outputs}
+        if len(found) < len(names) or sum(y.shape[-1] ** 2 for y in found.values()) >= x.shape[-1] ** 2: gram(names, x.shape[-1], x.device).add(x)
+        else:
+            for n, y in found.items(): gram((n,), y.shape[-1], x.device).add_outputs(x, step.unpadded(y), dense_weight(step.linears[n]))
     hooks = [step.on_inputs(add), *(step.linears[n].register_forward_hook(keep(n), prepend=True) for n in outputs)] # before a LoRA changes them
     yield own
     for hook in hooks: hook.remove()

@@ -52,7 +52,7 @@ def fast_products(
     try: yield
     finally: torch.set_float32_matmul_precision(before)
 
-# %% ../nbs/10_spectrum.ipynb #8419dba9
+# %% ../nbs/10_spectrum.ipynb #86c22983
 class Gram:
     "Σ xᵀx over the rows that were added; sums over batches and processes are just sums."
     def __init__(
@@ -73,6 +73,19 @@ class Gram:
         rows = x.reshape(-1, x.shape[-1]).to(self._sum)
         with fast_products(x.dtype == torch.bfloat16): add_symmetric(self._sum, rows, rows)
         self.count, self._root, self._mirrored = self.count + len(rows), None, False
+        return self
+
+    def add_outputs(
+        self,
+        x: torch.Tensor, # (rows, in), what went into a weight
+        y: torch.Tensor, # (rows, out), what came out, without the bias
+        weight: torch.Tensor, # (out, in)
+    ) -> "Gram":
+        "Add the outputs; the loudest of 64 rows in float32 again, as what rounding takes from them can be more than the smallest directions have."
+        if x.dtype in (torch.float32, torch.float64) or len(y) == 0: return self.add(y)
+        loud = torch.linalg.vector_norm(y, dim=-1, dtype=torch.float32).topk(-(-len(y) // 64)).indices
+        self.add(y.index_fill(0, loud, 0)).add(x[loud].to(self._sum) @ weight.to(self._sum).T)
+        self.count -= len(loud)
         return self
 
     @property
