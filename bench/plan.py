@@ -2,7 +2,7 @@
 
     python bench/plan.py [--only NAME ...]
 
-Writes bench/results/plan.json. What is measured is the largest resident set above that before the run, after imports and after
+Writes bench/results/plan.json when all runs are done; finished ones are kept in runs/plan.json, and a second start goes on after them. What is measured is the largest resident set above that before the run, after imports and after
 a tiny run of the same kind, so that thread pools and kernels are there. The processes return freed memory to the system at once
 (MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ of 64 KiB), or the resident set would show what the allocator keeps for later.
 
@@ -10,6 +10,7 @@ A plan assumes that every weight of stage 1 needs float64; which do, only the nu
 than float32, and its prediction follows it; what the plan itself says, which must not be less, is in a column of its own.
 """
 import argparse
+import hashlib
 import json
 import os
 import subprocess
@@ -176,6 +177,21 @@ def predicted(run: dict, taken: list) -> tuple: # (Need, as planned without know
     return need, need
 
 
+class Kept(dict):
+    "Rows of finished runs in a file, so that a stop loses nothing; those of other code do not count."
+    def __init__(self, file: Path):
+        code = [*sorted((HERE.parent / "emloc").glob("*.py")), Path(__file__)]
+        self.file, self.code = file, hashlib.sha256(b"".join(f.read_bytes() for f in code)).hexdigest()[:16]
+        try: kept = json.loads(file.read_text())
+        except FileNotFoundError: kept = {}
+        super().__init__(kept["rows"] if kept.get("code") == self.code else {})
+
+    def __setitem__(self, key, row):
+        super().__setitem__(key, row)
+        self.file.parent.mkdir(exist_ok=True)
+        self.file.write_text(json.dumps({"code": self.code, "rows": dict(self)}))
+
+
 def companions(stage: str, folder: Path):
     "What a stage asks for besides the model, in directories beside it: an emulator with random pairs, a random LoRA."
     import torch
@@ -225,26 +241,27 @@ def prepare(run: dict, folder: Path) -> dict:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", nargs="+", help="runs whose name holds one of these; nothing is written")
+    parser.add_argument("--only", nargs="+", help="runs whose name holds one of these; the table is not written")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.child: child(json.loads(args.child))
     else:
         from emloc.streamed import kind
-        rows = []
+        kept = Kept(HERE.parent / "runs" / "plan.json")
         with tempfile.TemporaryDirectory() as tmp:
             for i, run in enumerate(RUNS):
-                if args.only and not any(o in name(run) for o in args.only): continue
+                if args.only and not any(o in name(run) for o in args.only) or name(run) in kept: continue
                 run = prepare(run, Path(tmp) / str(i))
                 got = measured(run)
                 need, planned = predicted(run, got["taken"])
                 # on a CPU the hidden states that wait are in the same memory
                 wanted, most = need.peak + need.host, planned.peak + planned.host
-                rows.append({"run": name(run), "predicted_bytes": wanted, "planned_bytes": most, "measured_bytes": got["measured"], "ratio": wanted / got["measured"], "planned_ratio": most / got["measured"],
-                             "moment": need.moment, "forks": sorted({f"{what} {kind(n)}" for what, n in got["taken"]})})
-                print(f"{rows[-1]['run']:44} predicted {wanted / 2**20:7.0f} MiB, planned {most / 2**20:7.0f}, measured {got['measured'] / 2**20:7.0f}, ratio {rows[-1]['ratio']:.3f} and {rows[-1]['planned_ratio']:.3f} ({need.moment})", flush=True)
+                row = kept[name(run)] = {"run": name(run), "predicted_bytes": wanted, "planned_bytes": most, "measured_bytes": got["measured"], "ratio": wanted / got["measured"], "planned_ratio": most / got["measured"],
+                             "moment": need.moment, "forks": sorted({f"{what} {kind(n)}" for what, n in got["taken"]})}
+                print(f"{row['run']:44} predicted {wanted / 2**20:7.0f} MiB, planned {most / 2**20:7.0f}, measured {got['measured'] / 2**20:7.0f}, ratio {row['ratio']:.3f} and {row['planned_ratio']:.3f} ({need.moment})", flush=True)
         about = machine.describe()
         if not args.only:
+            rows = [kept[name(run)] for run in RUNS]
             lines = ["| run | predicted, MiB | measured, MiB | predicted / measured | planned / measured |", "| --- | --- | --- | --- | --- |"]
             lines += [f"| {r['run']} | {r['predicted_bytes'] / 2**20:.0f} | {r['measured_bytes'] / 2**20:.0f} | {r['ratio']:.2f} | {r['planned_ratio']:.2f} |" for r in rows]
             report = {"machine": about, "rows": rows, "within_10_percent": sum(0.9 <= r["ratio"] <= 1.1 for r in rows), "markdown": "\n".join([*lines, "", f"({machine.line(about)}. Peaks above the imported libraries, each run in a process of its own.)"])}

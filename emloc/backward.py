@@ -13,10 +13,10 @@ from .walk import Step, Walk, completion_losses, keep_last
 # %% auto #0
 __all__ = ['loss_gradient', 'back_through']
 
-# %% ../nbs/02a_backward.ipynb #4dfb353d
+# %% ../nbs/02a_backward.ipynb #5542bcda
 def loss_gradient(
     walk: Walk, # whose hidden states are those after the last block
-) -> tuple: # (loss in nats per completion token, [gradient with respect to the hidden states (rows, tokens, features), one for each batch])
+) -> tuple: # (loss in nats per completion token, [gradient with respect to the hidden states (rows, tokens, features), one for each batch, in CPU memory])
     "The loss of the walk's rows, and where its gradient begins. Raises `EmlocError` when there is no completion token."
     tokens, total, gradients = sum(int((b["labels"][:, 1:] >= 0).sum()) for b in walk.batches), 0.0, []
     if tokens == 0: raise EmlocError("the rows have no completion token to learn from")
@@ -30,11 +30,12 @@ def loss_gradient(
                 loss.backward()
             total += float(loss.detach())
             del logits, loss
-        gradients.append(hidden.grad)
+        gradients.append(hidden.grad.cpu())
+        del hidden
     walk.put_head_away()
     return total, gradients
 
-# %% ../nbs/02a_backward.ipynb #363087b7
+# %% ../nbs/02a_backward.ipynb #9c832e09
 def back_through(
     step: Step, # a block in memory
     inputs: list, # hidden states that went into it, one for each batch; None before the first block
@@ -46,5 +47,5 @@ def back_through(
         with torch.enable_grad(): out = step.walk.forward(number, step.index, kept)
         with torch.no_grad():
             for watcher in step.watchers: watcher.flush()
-        out.backward(gradients[number])
-        gradients[number] = None if kept is None else kept.grad
+        out.backward(gradients[number].to(out.device))
+        gradients[number] = None if kept is None else kept.grad.cpu()

@@ -82,7 +82,7 @@ class Shapes:
 
     def runtime(self, kind: str) -> int: return int(self.tokenizer + RUNTIME[kind]) # bytes besides tensors
 
-# %% ../nbs/40a_needs.ipynb #47f63eb6
+# %% ../nbs/40a_needs.ipynb #949ad313
 def walking(
     s: Shapes,
     name: str, # of the stage
@@ -91,7 +91,7 @@ def walking(
     batch: int, # bytes of those of the batch that runs
     blocks: int = 1, # in the simulation
     disk: int = 0, # bytes
-    more: int = 0, # bytes of hidden states of other batches where it computes
+    more: int = 0, # bytes of what comes with it, such as its gradient
     runtime: str = "walk", # or fisher
 ) -> Need:
     "From the simulation of one batch to a whole stage."
@@ -115,11 +115,11 @@ def building(
     completion: int | None = None, # positions of a row that have logits, for fisher
     taken: set | None = None, # forks of the decompositions that cost more; by default all
 ) -> Need:
-    "Stage 1. The Fisher metric keeps what goes into every block on disk, and has gradients as large as the hidden states."
+    "Stage 1. The Fisher metric keeps what goes into every block on disk, and has gradients as large as the hidden states, which wait with them."
     fisher, batch_size = metric == "fisher", min(batch_size, rows)
     all, batch = s.hidden(rows, seq_len), s.hidden(batch_size, seq_len)
     peaks = building_peaks(s.whole(2 if fisher else 1), ranks, batch_size, seq_len, metric=metric, completion=completion, taken=taken)
-    return walking(s, "1 emulator", peaks, all, batch, disk=s.emulator_bytes(ranks) + all * (s.main + 2 if fisher else 2), more=max(0, all - BATCHES * batch) if fisher else 0, runtime="fisher" if fisher else "walk")
+    return walking(s, "1 emulator", peaks, (1 + fisher) * all, batch, disk=s.emulator_bytes(ranks) + all * (s.main + 2 if fisher else 2), more=batch if fisher else 0, runtime="fisher" if fisher else "walk")
 
 def correcting(
     s: Shapes,
@@ -136,7 +136,7 @@ def correcting(
     peaks = correcting_peaks(s.whole(1), s.emulator(ranks, 1), rank, batch_size, seq_len, completion)
     return walking(s, "3 correct, merge", peaks, all, s.hidden(batch_size, seq_len), disk=s.bytes + 2 * all)
 
-# %% ../nbs/40a_needs.ipynb #6151d56f
+# %% ../nbs/40a_needs.ipynb #d69a906b
 def anchoring(
     s: Shapes,
     ranks: dict, # of the emulator
@@ -162,7 +162,7 @@ def polishing(
 ) -> Need:
     "The polish: a step keeps what goes into every block, and gradients as large as one hidden state."
     blocks, all, batch = min(2, s.main), s.hidden(rows, seq_len), s.hidden(batch_size, seq_len)
-    need = walking(s, f"polish, {rows} rows a step", polishing_peaks(s.whole(blocks), rank, batch_size, seq_len, completion), s.main * all, batch, blocks, more=max(0, all - BATCHES * batch))
+    need = walking(s, f"polish, {rows} rows a step", polishing_peaks(s.whole(blocks), rank, batch_size, seq_len, completion), (s.main + 1) * all, batch, blocks, more=batch)
     need.disk = 2 * need.parts["lora"] + need.parts["optimizer"] # the LoRA, and what the next step begins from
     return need
 

@@ -40,7 +40,7 @@ def best_scales(
         least = error if least is None else torch.minimum(error, least)
     return as_stored(best)
 
-# %% ../nbs/11a_rounding.ipynb #ffc20e4e
+# %% ../nbs/11a_rounding.ipynb #4d17bff5
 BLOCK = 128 # columns whose errors are carried on one by one; to all later ones they go in one product
 
 def carry_matrix(
@@ -84,6 +84,7 @@ def quantize(
     parts = layout((out, in_), bits)
     power_of_two(float(weight.abs().amax()), f"{name}: the weight has")
     matrix = gram.matrix.to(weight.device)
+    if len(matrix) != in_: raise EmlocError(f"{name}: a Gram matrix of width {len(matrix)} is not that of the {in_} inputs, which rounding needs")
     loud = matrix.diagonal()
     power_of_two(float(loud.amax()), f"{name}: its inputs on the calibration rows have")
     order = loud.argsort(descending=True, stable=True)

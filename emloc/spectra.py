@@ -75,7 +75,7 @@ def spectrum_table(
     for seen, judged in tqdm(zip(first, second), desc="spectra", unit="block", total=blocks[-1] + 1):
         if seen.index not in blocks: seen.run(), judged.run()
         else:
-            one, other = look_forward(seen).inputs, look_forward(judged).inputs
+            one, other = look_forward(seen, always=True).inputs, look_forward(judged, always=True).inputs
             entries += [weight_entry(n, dense_weight(m).float(), one[n], other[n]) for n, m in seen.linears.items()]
         if seen.index == blocks[-1]: break
     return {"weights": entries}

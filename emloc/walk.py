@@ -232,7 +232,7 @@ class Walk:
         self.tuples = {type(m): flags[type(m).__name__] == "1" for m in self.blocks}
         self.start = index
 
-# %% ../nbs/02_walk.ipynb #507a0183
+# %% ../nbs/02_walk.ipynb #9a46d6fb
 class Step:
     "One block of a walk while it is in memory."
     def __init__(self, walk: Walk, index: int, name: str, block):
@@ -258,6 +258,14 @@ class Step:
         "The parameters of this block that hold NaN or infinity."
         return [f"{self.name}.{n}" for n, p in self.block.named_parameters() if not torch.isfinite(p).all()]
 
+    def unpadded(
+        self,
+        x: torch.Tensor, # (rows, positions, features), or flat
+    ) -> torch.Tensor: # (tokens, features)
+        "Of the batch that has just run, without the padding."
+        mask = self.walk.mask
+        return x[mask] if x.shape[:2] == mask.shape else x.reshape(-1, x.shape[-1])
+
     def on_inputs(
         self,
         function, # called as function(names, x): the linears that read this input, and the tokens (rows, in)
@@ -280,10 +288,7 @@ class _InputHooks:
         return hook
 
     def flush(self):
-        mask = self.step.walk.mask
-        for names, x in self.seen:
-            tokens = x[mask] if x.shape[:2] == mask.shape else x.reshape(-1, x.shape[-1])
-            self.function(tuple(names), tokens)
+        for names, x in self.seen: self.function(tuple(names), self.step.unpadded(x))
         self.seen = []
 
     def remove(self):

@@ -7,7 +7,7 @@ import emloc.emulator
 from emloc.backward import loss_gradient
 from emloc.data import EmlocError, encode_rows, load_tokenizer
 from emloc.emulator import build_emulator
-from emloc.fisher import decompose_fisher, fisher_root, output_gradients
+from emloc.fisher import Gradients, decompose_fisher, fisher_root, output_gradients
 from emloc.lowrank import emulator_config, load_emulator
 from emloc.model import Checkpoint, block_linears, block_names, dense_weight, skeleton
 from emloc.spectrum import Gram, decompose, truncate
@@ -35,6 +35,30 @@ def test_no_factors_of_this_rank_lose_less(shape):
         assert lost(weight - U @ V, H @ H.T, gram.matrix) == pytest.approx(float((whitened[rank:] ** 2).sum()), rel=1e-3)
         plain = torch.matmul(*truncate(decompose(weight, gram, rank=rank), rank))
         assert lost(weight - U @ V, H @ H.T, gram.matrix) < lost(weight - plain, H @ H.T, gram.matrix)
+
+
+@pytest.mark.parametrize("metric", ["activation", "fisher"])
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24)])
+def test_second_moments_of_the_smaller_side_give_the_same_factors(shape, metric):
+    weight, (gram, gradients) = torch.randn(shape), grams(shape[1], shape[0])
+    near, heard = Gram(24), Gradients(24)
+    if shape[0] < shape[1]: near.matrix, heard.matrix = weight @ gram.matrix @ weight.T, gradients.matrix
+    else: near, heard.matrix = gram, weight.T @ gradients.matrix @ weight
+    heard.trace = gradients.matrix.trace().reshape(1)
+    way = (lambda *seen: decompose_fisher(weight, *seen)) if metric == "fisher" else (lambda seen, _: decompose(weight, seen))
+    one, other = way(gram, gradients), way(near, heard)
+    assert torch.allclose(one.sigma, other.sigma, rtol=1e-3, atol=1e-3 * float(one.sigma[0]))
+    a, b = (torch.matmul(*truncate(s, 6)) for s in (one, other))
+    assert torch.allclose(a, b, atol=1e-2)
+
+
+def test_what_is_not_finite_is_named():
+    gram, gradients = grams(24, 40)
+    for which in ("weight", "output gradients"):
+        weight, bad = torch.randn(40, 24), Gradients(24)
+        if which == "weight": weight[3, 5] = torch.nan
+        else: bad.matrix = torch.full((24, 24), torch.inf)
+        with pytest.raises(EmlocError, match=f"gate_proj.*{which}"): decompose_fisher(weight, gram, bad, "gate_proj")
 
 
 def test_all_directions_are_the_weight_and_scale_does_not_matter():
@@ -75,7 +99,11 @@ def test_the_moments_are_those_of_autograd(model, task):
     own.backward()
     assert loss == pytest.approx(float(own), rel=1e-4)
     assert found.keys() == seen.keys()
-    for name in seen: assert torch.allclose(found[name].matrix, seen[name], rtol=1e-3, atol=1e-5 * float(seen[name].max())), name
+    for name, linear in block_linears(whole).items():
+        weight, exact = dense_weight(linear), seen[name]
+        if len(weight) > weight.shape[1]: exact = weight.T @ exact @ weight # all that a tall weight needs
+        assert torch.allclose(found[name].matrix, exact, rtol=1e-3, atol=1e-5 * float(exact.max())), name
+        assert float(found[name].trace) == pytest.approx(float(seen[name].trace()), rel=1e-3)
 
 
 def test_at_full_rank_the_emulator_is_the_model(model, task, tmp_path):

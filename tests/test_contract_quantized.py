@@ -136,7 +136,7 @@ def test_more_bits_are_more_like_the_model(llama, rows, tmp_path):
 def test_more_than_eight_bits_are_never_needed_and_ratio_one_changes_nothing(ratio, most, llama, rows, tmp_path):
     path = build_emulator(llama, rows, tmp_path / "emulator", ratio=ratio, form="quantized")
     assert all(8 < bits < most for bits in emulator_config(path).bits.values())
-    assert tiny.differs(tiny.logits(load_emulator(path)), tiny.logits(tiny.load(llama))) < (0.3 if most else 1e-9)
+    assert tiny.differs(tiny.logits(load_emulator(path)), tiny.logits(tiny.load(llama))) < (0.5 if most else 1e-9)
 
 
 def test_a_cast_and_another_save_keep_the_bytes(make_stages, tmp_path):

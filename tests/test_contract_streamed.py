@@ -81,7 +81,7 @@ def test_the_fisher_metric_is_planned_and_unknown_ones_are_not(llama):
 def test_options_have_a_line_each(llama):
     plan = plan_memory(llama, ratio=0.5, batch_size=2, seq_len=24, rows=16, train_rows=50)
     anchors, polish = plan.options
-    assert anchors.disk >= anchor_bytes(50 * 24, 32, 3) and polish.host == 3 * 32 * 24 * 32 * 4
+    assert anchors.disk >= anchor_bytes(50 * 24, 32, 3) and polish.host == 4 * 32 * 24 * 32 * 4
     sparse = plan_memory(llama, ratio=0.5, batch_size=2, seq_len=24, rows=16, train_rows=50, anchor_every=3).options[0]
     assert anchors.disk - sparse.disk == 2 * 50 * 24 * 32 * 2
     assert "anchors, 50 rows" in repr(plan) and [o["name"] for o in plan.report()["options"]] == [anchors.name, polish.name]
