@@ -15,8 +15,8 @@ from torch import nn
 from .data import EmlocError
 
 # %% auto #0
-__all__ = ['PER_BYTE', 'GROUP', 'gaussian_levels', 'pack_numbers', 'meanings', 'frozen', 'Packed', 'as_stored', 'bits_of',
-           'overhead', 'layout', 'order_dtype', 'QuantizedLinear']
+__all__ = ['PER_BYTE', 'GROUP', 'STEP', 'gaussian_levels', 'pack_numbers', 'meanings', 'frozen', 'Packed', 'as_stored', 'bits_of',
+           'overhead', 'layout', 'order_dtype', 'QuantizedLinear', 'restored']
 
 # %% ../nbs/03a_packed.ipynb #0b12a006
 @lru_cache
@@ -94,8 +94,9 @@ def as_stored(
     unit = 2.0 ** math.ceil(math.log2(max(float(scales.amax()), 1e-30) / 256)) # the largest is between 128 and 256 units; float8 goes up to 448
     return (scales / unit).clamp_min(2.0 ** -9).to(torch.float8_e4m3fn).to(scales.dtype) * unit, unit
 
-# %% ../nbs/03a_packed.ipynb #2e8bb954
+# %% ../nbs/03a_packed.ipynb #ab282b78
 GROUP = 64 # neighbours in a row that share a scale
+STEP = 24 # the finer columns are a multiple of it
 
 def bits_of(levels: int) -> float: return 8 / PER_BYTE[levels] # that one number takes
 
@@ -114,12 +115,12 @@ def layout(
     coarse = max(k for k in ladder if bits_of(k) <= left)
     if coarse == ladder[-1]: return [(in_, coarse)]
     fine = ladder[ladder.index(coarse) + 1]
-    columns = int((left - bits_of(coarse)) / (bits_of(fine) - bits_of(coarse)) * in_ / 24) * 24 # whole bytes, whatever the levels
+    columns = int((left - bits_of(coarse)) / (bits_of(fine) - bits_of(coarse)) * in_ / STEP) * STEP
     return [(columns, fine)] * (columns > 0) + [(in_ - columns, coarse)]
 
 def order_dtype(columns: int) -> torch.dtype: return torch.int16 if columns <= 2 ** 15 else torch.int32 # of column numbers
 
-# %% ../nbs/03a_packed.ipynb #e19869f5
+# %% ../nbs/03a_packed.ipynb #32530c21
 class _Multiply(torch.autograd.Function):
     "x Wᵀ + b; the weight is made again for the gradient of x."
     @staticmethod
@@ -138,15 +139,15 @@ class QuantizedLinear(nn.Module):
         self,
         in_features: int,
         out_features: int,
-        bits: float, # for each entry, in all
+        parts: list, # [(columns, levels)], as `layout` gives them
         bias: bool = False,
         device=None,
         dtype=None, # of the bias and the levels
     ):
         super().__init__()
-        self.in_features, self.out_features, self.bits = in_features, out_features, bits
-        parts = [Packed(out_features, columns, levels, device, dtype) for columns, levels in layout((out_features, in_features), bits)]
-        self.fine, self.coarse = parts[0] if len(parts) > 1 else None, parts[-1]
+        self.in_features, self.out_features = in_features, out_features
+        *fine, self.coarse = (Packed(out_features, columns, levels, device, dtype) for columns, levels in parts)
+        self.fine = fine[0] if fine else None
         self.order = frozen(in_features, dtype=order_dtype(in_features), device=device) # the input column of each stored one
         self.scales, self.unit = frozen(out_features, -(-in_features // GROUP), dtype=torch.uint8, device=device), frozen(1, dtype=dtype, device=device)
         self.bias = frozen(out_features, device=device, dtype=dtype) if bias else None
@@ -188,4 +189,15 @@ class QuantizedLinear(nn.Module):
         if torch.is_autocast_enabled(kind): x = x.to(torch.get_autocast_dtype(kind))
         with torch.autocast(kind, enabled=False): return _Multiply.apply(x, self)
 
-    def extra_repr(self): return f"in_features={self.in_features}, out_features={self.out_features}, bits={self.bits:g}, bias={self.bias is not None}"
+    def extra_repr(self): return f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+
+def restored(
+    tensors: dict, # {name: tensor} of the state of a QuantizedLinear
+) -> QuantizedLinear: # with these very tensors
+    "The layer, from what is stored of it."
+    (out, _), in_ = tensors["coarse.codes"].shape, len(tensors["order"])
+    levels = [len(tensors[f"{name}.book"]) for name in ("fine", "coarse") if f"{name}.book" in tensors]
+    fine = tensors["fine.codes"].shape[1] * PER_BYTE[levels[0]] // STEP * STEP if len(levels) > 1 else 0
+    layer = QuantizedLinear(in_, out, [(fine, levels[0])] * (fine > 0) + [(in_ - fine, levels[-1])], "bias" in tensors, device="meta")
+    layer.load_state_dict(tensors, assign=True)
+    return layer

@@ -13,7 +13,7 @@ from .packed import GROUP, QuantizedLinear, as_stored, gaussian_levels, layout
 from .spectrum import Gram, power_of_two
 
 # %% auto #0
-__all__ = ['BLOCK', 'nearest', 'best_scales', 'carry_matrix', 'round_columns', 'quantize']
+__all__ = ['BLOCK', 'nearest', 'best_scales', 'carry_matrix', 'round_block', 'round_columns', 'quantize']
 
 # %% ../nbs/11a_rounding.ipynb #60bffab1
 def nearest(
@@ -40,7 +40,7 @@ def best_scales(
         least = error if least is None else torch.minimum(error, least)
     return as_stored(best)
 
-# %% ../nbs/11a_rounding.ipynb #4d17bff5
+# %% ../nbs/11a_rounding.ipynb #3eed35aa
 BLOCK = 128 # columns whose errors are carried on one by one; to all later ones they go in one product
 
 def carry_matrix(
@@ -52,6 +52,21 @@ def carry_matrix(
         except torch.linalg.LinAlgError: pass
     raise EmlocError("the Gram matrix of its inputs is not positive, not even damped; try other calibration rows")
 
+def round_block(
+    weight: torch.Tensor, # (out, columns), changed in place
+    scales: torch.Tensor, # (out, columns)
+    levels: list, # of each column
+    carry: torch.Tensor, # (columns, columns)
+) -> tuple: # (numbers (out, columns), errors (out, columns) to carry on)
+    "Neighbouring columns, one after the other."
+    numbers, errors = [], []
+    for j, own in enumerate(levels):
+        found, value = nearest(weight[:, j] / scales[:, j], own)
+        numbers.append(found.to(torch.int16))
+        errors.append((weight[:, j] - value * scales[:, j]) / carry[j, j])
+        weight[:, j:] -= errors[-1][:, None] * carry[j, j:]
+    return torch.stack(numbers, 1), torch.stack(errors, 1)
+
 def round_columns(
     weight: torch.Tensor, # (out, in), changed in place
     scales: torch.Tensor, # (out, groups)
@@ -59,17 +74,13 @@ def round_columns(
     carry: torch.Tensor, # (in, in), of `carry_matrix`
 ) -> torch.Tensor: # (out, in), numbers
     "Every column to its nearest level, its error carried on to those after it."
-    numbers, levels = torch.empty(weight.shape, dtype=torch.int16, device=weight.device), [k for columns, k in parts for _ in range(columns)]
-    for start in range(0, weight.shape[1], BLOCK):
-        stop = min(start + BLOCK, weight.shape[1])
-        own, errors = weight[:, start:stop], []
-        for j in range(start, stop):
-            scale = scales[:, j // GROUP]
-            numbers[:, j], value = nearest(weight[:, j] / scale, levels[j])
-            errors.append((weight[:, j] - value * scale) / carry[j, j])
-            own[:, j - start:] -= errors[-1][:, None] * carry[j, j:stop]
-        weight[:, stop:] -= torch.stack(errors, 1) @ carry[start:stop, stop:]
-    return numbers
+    numbers, levels, n = [], [k for columns, k in parts for _ in range(columns)], weight.shape[1]
+    for start in range(0, n, BLOCK):
+        own = slice(start, min(start + BLOCK, n))
+        found, errors = round_block(weight[:, own], scales[:, torch.arange(own.start, own.stop, device=scales.device) // GROUP], levels[own], carry[own, own])
+        numbers.append(found)
+        weight[:, own.stop:] -= errors @ carry[own, own.stop:]
+    return torch.cat(numbers, 1)
 
 @torch.no_grad()
 def quantize(
@@ -88,7 +99,7 @@ def quantize(
     loud = matrix.diagonal()
     power_of_two(float(loud.amax()), f"{name}: its inputs on the calibration rows have")
     order = loud.argsort(descending=True, stable=True)
-    layer = QuantizedLinear(in_, out, bits, device=weight.device, dtype=weight.dtype)
+    layer = QuantizedLinear(in_, out, parts, device=weight.device, dtype=weight.dtype)
     sorted_gram = matrix[order][:, order]
     sorted_gram.diagonal().add_(damping * loud.mean().clamp_min(torch.finfo(matrix.dtype).tiny))
     work = weight.to(matrix.dtype)[:, order]

@@ -10,7 +10,7 @@ from emloc.data import EmlocError
 from emloc.emulator import build_emulator
 from emloc.lowrank import emulator_config, emulator_weight, load_emulator
 from emloc.model import Checkpoint, Conv1D, block_linears, skeleton
-from emloc.packed import PER_BYTE, QuantizedLinear, as_stored, gaussian_levels, layout, meanings, pack_numbers
+from emloc.packed import PER_BYTE, QuantizedLinear, as_stored, gaussian_levels, layout, meanings, pack_numbers, restored
 from emloc.rounding import quantize
 from emloc.spectrum import Gram
 
@@ -37,10 +37,11 @@ def test_numbers_come_back_from_their_bytes(levels, columns):
 @pytest.mark.parametrize("bits", [1.9, 2.5, 4.0, 6.0, 8.0])
 def test_a_layer_takes_the_bits_asked_for_and_not_more(shape, bits):
     out, in_ = shape
-    layer = QuantizedLinear(in_, out, bits)
+    layer = QuantizedLinear(in_, out, layout(shape, bits))
     taken = 8 * sum(p.numel() * p.element_size() for n, p in layer.named_parameters() if not n.endswith(("book", "unit"))) / (out * in_)
     slack = 24 / in_ * 4 + 2 * 8 / in_ # whole steps of 24 columns, at most 4 bits apart, and bytes that are not full
     assert bits - slack < taken <= bits + 2 * 8 / in_
+    assert [p.shape for p in restored(layer.state_dict()).parameters()] == [p.shape for p in layer.parameters()]
 
 
 @pytest.mark.parametrize("bits", [0.5, 1.0, 12.0])
