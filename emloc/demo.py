@@ -59,7 +59,7 @@ def weight_bytes(
     checkpoint = Checkpoint(path)
     return checkpoint.nbytes, sum(int(torch.tensor(e["shape"]).prod()) for e in checkpoint.info.values())
 
-# %% ../nbs/61_demo.ipynb #569df4ad
+# %% ../nbs/61_demo.ipynb #4180a1ca
 class Demo:
     "The stages of one run, each measured, each with its result in a folder of `out`."
     def __init__(
@@ -106,12 +106,13 @@ class Demo:
         self.save()
         self.say(f"{name}: accuracy {row['accuracy']:.3f}, NLL {row['nll']:.3f}")
 
-    def emulate(self, ratio: float, metric: str, seed: int) -> Path:
+    def emulate(self, ratio: float, form: str, seed: int) -> Path:
         "Stage 1."
         calibration = self.task.calibration(256, seed)
-        path = self.stage(f"1 emulator (ratio {ratio:g})", self.out / "emulator", lambda path: build_emulator("default", calibration, path, ratio=ratio, metric=metric))
+        path = self.stage(f"1 emulator (ratio {ratio:g})", self.out / "emulator", lambda path: build_emulator("default", calibration, path, ratio=ratio, form=form))
         self.report.model_bytes, self.report.model_parameters = weight_bytes(self.model)
         self.report.emulator_bytes, self.report.emulator_parameters = weight_bytes(path)
+        if form == "quantized": self.report.emulator_parameters = self.report.model_parameters # in fewer bits
         return path
 
     def finetune(self, emulator: Path, anchors: Rounds | None, **training) -> Path:
@@ -135,7 +136,7 @@ class Demo:
         work = lambda path: train_on_model(self.model, self.task.train, path, training_args(f"{path}.checkpoints", save_strategy="no", **training))
         return self.stage("LoRA on the whole model", self.out / "adapter-reference", work)
 
-# %% ../nbs/61_demo.ipynb #330e3c0c
+# %% ../nbs/61_demo.ipynb #976c1236
 NEXT = """
 The result is a PEFT adapter for the whole model: {out}/adapter, and {out}/adapter-polished
     PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{model}"), "{out}/adapter-polished")
@@ -163,7 +164,7 @@ def run_demo(
     demo = Demo(out, load_task("bbc"), modes=MODES if paper else ("none",), rows=rows, say=say)
     demo.begin({"model": str(demo.model), "task": "bbc", "ratio": ratio, "rows": rows, "seed": seed, "steps": steps, "paper": paper, "threads": torch.get_num_threads()})
     demo.score("model untouched", demo.model)
-    emulator = demo.emulate(ratio, "activation" if paper else "fisher", seed)
+    emulator = demo.emulate(ratio, "lowrank" if paper else "quantized", seed)
     raw = demo.finetune(emulator, None if paper else Rounds(demo.model), steps=steps, seed=seed)
     if paper: demo.score("emulator with LoRA", emulator, raw)
     for mode in demo.modes: demo.score(f"model, LoRA corrected: {mode}" if paper else "model with the LoRA", demo.model, demo.correct(emulator, raw, mode))

@@ -7,7 +7,7 @@ from torch.utils._pytree import tree_leaves
 from emloc.anchor import anchor_bytes
 from emloc.backward import loss_gradient
 from emloc.data import EmlocError
-from emloc.emulator import build_emulator
+from emloc.emulator import build_emulator, choose_bits
 from emloc.geometry import bare_model, find_config
 from emloc.model import linear_shapes
 from emloc.needs import Shapes, building
@@ -42,15 +42,15 @@ def rows(): # in each of the two batches one that is a little shorter than the o
     return Dataset.from_list(encoded)
 
 
-@pytest.mark.parametrize("metric", ["activation", "fisher"])
+@pytest.mark.parametrize("metric", ["activation", "fisher", "quantized"])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
 def test_a_simulated_build_holds_what_a_real_one_holds(models, family, metric, tmp_path, caplog):
     caplog.set_level("WARNING", logger="emloc") # pytest keeps what is logged, and with it the block that was built
     shapes = linear_shapes(bare_model(*find_config(models[family])))
-    ranks = uniform(shapes, 0.5)
-    with taken_forks() as taken, Witness() as witness: build_emulator(models[family], rows(), tmp_path / "emulator", ranks=ranks, batch_size=BATCH, metric=metric)
+    choice, options = (choose_bits(shapes, 0.15, torch.float32), {"ratio": 0.15, "form": metric}) if metric == "quantized" else (uniform(shapes, 0.5), {"ranks": uniform(shapes, 0.5), "metric": metric})
+    with taken_forks() as taken, Witness() as witness: build_emulator(models[family], rows(), tmp_path / "emulator", batch_size=BATCH, **options)
     model = shorten(bare_model(*find_config(models[family])), 2 if metric == "fisher" else 1)
-    peaks = building_peaks(model, ranks, BATCH, LENGTH, metric=metric, completion=6, taken=taken)
+    peaks = building_peaks(model, choice, BATCH, LENGTH, metric=metric, completion=6, taken=taken)
     real, simulated = (max(sum(p.values()) for p in found.values()) for found in (witness.peaks, peaks))
     assert 0.95 * real <= simulated <= 1.15 * real
 
