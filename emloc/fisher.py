@@ -17,7 +17,7 @@ METRICS = ("activation", "fisher")
 # %% auto #0
 __all__ = ['METRICS', 'fisher_root', 'Gradients', 'tall_root', 'decompose_fisher', 'output_gradients']
 
-# %% ../nbs/10a_fisher.ipynb #dc2bee22
+# %% ../nbs/10a_fisher.ipynb #058cdc7d
 def fisher_root(
     gradients: Gram, # Σ gᵀg over the output gradients of a weight, (out, out)
     damping: float = 0.1, # how much of the identity is added, relative to the mean of the diagonal
@@ -77,8 +77,8 @@ def decompose_fisher(
         return found
     root = fisher_root(gradients).to(weight)
     if gram.width < in_:
-        outputs, gram = gram.matrix.to(root), Gram(0)
-        gram.matrix = root.T @ outputs @ root
+        exact, outputs, gram = root.double(), gram.matrix.to(weight.device, torch.float64), Gram(0)
+        gram.matrix = exact.T @ outputs @ exact # loud outputs may cancel here: the loss is deaf to the length of a hidden state
     found = decompose(root.T @ weight, gram, name, rank)
     found.left = torch.linalg.solve_triangular(root.T, found.left, upper=True)
     return found

@@ -190,7 +190,7 @@ def krylov(
     fine = (kept - before <= tolerance * (total - kept) + 1e-7 * total) & (skew < 1e-4)
     return (values[-k:].flip(0), basis @ vectors[:, -k:].flip(1)) if fine else None
 
-# %% ../nbs/10_spectrum.ipynb #c14ada89
+# %% ../nbs/10_spectrum.ipynb #db5286e1
 def leading(
     matrix: torch.Tensor, # symmetric (n, n)
     k: int, # eigenvectors wanted; 0 for the values alone
@@ -258,6 +258,7 @@ def decompose(
     "The activation-aware spectrum of a weight. Raises `EmlocError` when the weight or its inputs are not finite."
     n, dtype = min(weight.shape), gram.matrix.dtype
     if gram.width not in (n, weight.shape[1]): raise EmlocError(f"{name}: a Gram matrix of width {gram.width} is neither of the inputs nor of the outputs of a weight of shape {tuple(weight.shape)}")
+    if gram.width < weight.shape[1] and weight.dtype == torch.float32: dtype = torch.float32 # float64 where it is needed
     k = n if rank is None else rank
     if not 0 <= k <= n: raise EmlocError(f"{name}: rank {k} must be between 1 and {n}, the smaller side of this weight")
     return factorise(weight, gram, k, dtype, name) or factorise(weight, gram, k, torch.float64, name).to(dtype)

@@ -52,6 +52,18 @@ def test_second_moments_of_the_smaller_side_give_the_same_factors(shape, metric)
     assert torch.allclose(a, b, atol=1e-2)
 
 
+def test_loud_outputs_to_which_the_loss_is_deaf_cost_nothing():
+    make = torch.Generator().manual_seed(0)
+    weight, x, g = torch.randn(24, 40, generator=make), torch.randn(400, 40, generator=make), torch.randn(400, 24, generator=make) * torch.logspace(0, -2, 24)
+    x[7] *= 1e3
+    loud = x[7] @ weight.T / (x[7] @ weight.T).norm()
+    g = g - torch.outer(g @ loud, loud)
+    gram, outputs, gradients = Gram(40, torch.float64).add(x), Gram(24).add(x @ weight.T), Gram(24).add(g)
+    best, found = (torch.matmul(*truncate(decompose_fisher(weight, seen, gradients, rank=8), 8)).float() for seen in (gram, outputs))
+    H = fisher_root(gradients)
+    assert lost(weight - found, H @ H.T, gram.matrix) < 1.001 * lost(weight - best, H @ H.T, gram.matrix)
+
+
 def test_what_is_not_finite_is_named():
     gram, gradients = grams(24, 40)
     for which in ("weight", "output gradients"):
