@@ -38,10 +38,12 @@ def jobs(model: Path, out: Path, sizes: dict) -> list: # [(title, job)], in the 
 
 def measure(geometry: str, out: Path, device: str, cap: float | None) -> dict:
     "The report: one row for each job."
-    model, rows = keep_model(GEOMETRIES[geometry], out / geometry), []
+    tiny, rows = geometry == "tiny" and device == "cpu", []
+    model = (stage.forked if tiny else lambda make, *given: make(*given))(keep_model, GEOMETRIES[geometry], out / geometry)
     for title, job in jobs(model, out, SIZES["tiny" if geometry == "tiny" else "full"]):
         if "out" in job: stage.remove(Path(job["out"]))
-        found = stage.in_own_process(job | ({"gpu_cap": int(cap * 2**30)} if device == "cuda" and cap else {}), device=device)
+        job |= {"gpu_cap": int(cap * 2**30)} if device == "cuda" and cap else {}
+        found = stage.forked(stage.perform, job) if tiny else stage.in_own_process(job, device=device)
         rows.append({"stage": title, "seconds": found.get("seconds"), "peak_bytes": found.get("gpu_bytes", found.get("peak_bytes")), "error": found.get("error")})
         print(line(rows[-1]), flush=True)
     about = machine.describe()

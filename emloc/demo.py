@@ -127,9 +127,9 @@ class Demo:
         return self.stage(f"3 correction: {mode}", self.out / ("adapter" if mode == self.modes[-1] else f"adapter-{mode}"),
                           lambda path: correct_adapter(raw, emulator, self.model, path, mode=mode, **rows))
 
-    def polish(self, adapter: Path, seed: int) -> Path:
-        "After stage 3: ten exact steps on the whole model, streamed."
-        return self.stage("polish (10 steps)", self.out / "adapter-polished", lambda path: polish_adapter(adapter, self.model, self.task.train, path, seed=seed))
+    def polish(self, adapter: Path, steps: int, seed: int) -> Path:
+        "After stage 3: a few exact steps on the whole model, streamed."
+        return self.stage(f"polish ({steps} steps)", self.out / "adapter-polished", lambda path: polish_adapter(adapter, self.model, self.task.train, path, steps=steps, seed=seed))
 
     def reference(self, **training) -> Path:
         "What all this is measured against: the same LoRA trained on the whole model."
@@ -158,17 +158,18 @@ def run_demo(
     rows: int = 300, # test articles to score on
     seed: int = 0, # of the training
     steps: int = 150, # of the training
+    polish: int = 10, # exact steps on the whole model at the end
     say=print, # where to announce what is being done
 ) -> Report: # what was measured; also written as demo.json
     "All stages on SmolLM2-135M-Instruct and BBC News topics. An unfinished demo of the same settings goes on. Raises `EmlocError` when `out` holds anything else."
     demo = Demo(out, load_task("bbc"), modes=MODES if paper else ("none",), rows=rows, say=say)
-    demo.begin({"model": str(demo.model), "task": "bbc", "ratio": ratio, "rows": rows, "seed": seed, "steps": steps, "paper": paper, "threads": torch.get_num_threads()})
+    demo.begin({"model": str(demo.model), "task": "bbc", "ratio": ratio, "rows": rows, "seed": seed, "steps": steps, "polish": polish, "paper": paper, "threads": torch.get_num_threads()})
     demo.score("model untouched", demo.model)
     emulator = demo.emulate(ratio, "lowrank" if paper else "quantized", seed)
     raw = demo.finetune(emulator, None if paper else Rounds(demo.model), steps=steps, seed=seed)
     if paper: demo.score("emulator with LoRA", emulator, raw)
     for mode in demo.modes: demo.score(f"model, LoRA corrected: {mode}" if paper else "model with the LoRA", demo.model, demo.correct(emulator, raw, mode))
-    demo.score("model, LoRA polished", demo.model, demo.polish(demo.out / "adapter", seed))
+    demo.score("model, LoRA polished", demo.model, demo.polish(demo.out / "adapter", polish, seed))
     if reference: demo.score("LoRA trained on the model", demo.model, demo.reference(steps=steps, seed=seed))
     write_json(demo.out / "demo.json", asdict(demo.report))
     figure = score_figure(demo.report.rows)

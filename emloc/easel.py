@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 # %% auto #0
-__all__ = ['png', 'axis_frame', 'frame', 'data_artists', 'overlap', 'sides', 'Easel', 'pixels_png']
+__all__ = ['png', 'axis_frame', 'frame', 'room_key', 'data_artists', 'overlap', 'sides', 'Easel', 'pixels_png']
 
 # %% ../nbs/59_easel.ipynb #3e62fea4
 def png(
@@ -44,6 +44,14 @@ def frame(
     for ax in figure.axes: ax.apply_aspect()
     return (tuple(figure.get_size_inches()), figure.dpi, figure.get_facecolor(),
             *((ax.get_position().bounds, ax.axison, ax.get_facecolor(), axis_frame(ax.xaxis), axis_frame(ax.yaxis)) for ax in figure.axes))
+
+def room_key(
+    drawn: tuple, # of `frame`
+) -> tuple: # equal for two frames whose labels take the same room
+    "A frame without its limits and places, and with the length of each tick's label in its stead."
+    size, axes = drawn[:3], drawn[3:]
+    short = lambda axis: (axis[0], *axis[2:4], max(map(len, axis[6]), default=0), *axis[7:])
+    return size, tuple((on, short(x), short(y)) for _, on, _, x, y in axes)
 
 def data_artists(
     figure: Figure,
@@ -75,7 +83,7 @@ class Easel:
         self,
         dpi: int = 80,
     ):
-        self.dpi, self.frame, self.pixels, self.room = dpi, None, None, {}
+        self.dpi, self.frame, self.pixels, self.room, self.labels = dpi, None, None, {}, None
 
     def png(
         self,
@@ -96,8 +104,9 @@ class Easel:
 
     def begin(self, figure, canvas, layout, at_first):
         "Draw the frame and keep it."
-        if layout: figure.subplots_adjust(**at_first); layout.execute(figure)
-        self.room = sides(figure)
+        labels = room_key(frame(figure))
+        if layout and labels != self.labels: figure.subplots_adjust(**at_first); layout.execute(figure)
+        self.room, self.labels = sides(figure), labels
         for artist in data_artists(figure): artist.set_animated(True)
         canvas.draw()
         self.frame, self.pixels = frame(figure), canvas.copy_from_bbox(figure.bbox)

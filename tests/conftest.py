@@ -1,6 +1,7 @@
 """What the contract tests share, made once a session: models of five families, a task, and the stages on some of them."""
 from types import SimpleNamespace
 
+import beside
 import datasets
 import pytest
 import tiny
@@ -10,12 +11,27 @@ from datasets import Dataset
 from emloc.data import Task
 from emloc.emulator import build_emulator
 from emloc.finetune import lora_config, train_adapter, training_args
+from emloc.model import default_model
 
 # models this small run ten times slower when threads wait for each other
 torch.set_num_threads(1)
 
 FAMILIES = list(tiny.BUILD)
 STAGED = ["llama", "gpt2", "phi3", "llama, quantized"]
+
+def pytest_collection_modifyitems(items):
+    "The test that waits for the notebooks comes last."
+    items.sort(key=lambda item: item.name == beside.TEST)
+
+@pytest.fixture(scope="session", autouse=True)
+def sharing(request):
+    "Where other tests run too, the notebooks that share a cache run beside them from the beginning."
+    several = len({item.fspath for item in request.session.items}) > 1
+    if several and any(item.name == beside.TEST for item in request.session.items):
+        default_model() # so that no two processes fetch it
+        yield beside.start(beside.sharers())
+    else: yield None
+    beside.stop_all()
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory):

@@ -6,11 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import beside
 import nbformat
 import pytest
 
 ROOT = Path(__file__).parent.parent
-NOTEBOOKS = sorted(p for p in (ROOT / "nbs").rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+NOTEBOOKS = beside.NOTEBOOKS
 
 
 def tool(name: str) -> str:
@@ -67,5 +68,7 @@ def test_lessons_show_a_picture(notebook):
     assert any("image/png" in o.get("data", {}) for cell in cells for o in cell.get("outputs", []))
 
 
-def test_notebooks_run_from_top_to_bottom():
-    run([tool("nbdev_test"), "--n_workers", "1", "--do_print"], ROOT)
+def test_notebooks_run_from_top_to_bottom(sharing):
+    sharers = beside.sharers()
+    others = beside.start([p for p in NOTEBOOKS if p not in sharers])
+    for notebooks in (others, sharing or beside.start(sharers)): notebooks.wait()
