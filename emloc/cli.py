@@ -41,7 +41,7 @@ __all__ = ['STAGES', 'OPTIONAL', 'SHARED', 'settle_form', 'emulate', 'finetune',
            'parse_pattern', 'correct', 'polish', 'merge', 'evaluate', 'compare', 'demo', 'as_words', 'read_config',
            'run', 'Parser', 'options', 'parser', 'describe', 'takes_part', 'main']
 
-# %% ../nbs/70_cli.ipynb #cffc714e
+# %% ../nbs/70_cli.ipynb #ba58c645
 def settle_form(args):
     "Weights in few bits, unless a metric or ranks by spectrum say that factors are meant; those keep what the loss hears."
     args.form = args.form or ("lowrank" if args.metric or getattr(args, "ranks", "uniform") == "spectrum" else "quantized")
@@ -162,9 +162,11 @@ def evaluate(args) -> dict:
 def compare(args) -> dict:
     "How much of the gain of a LoRA on the whole model each method recovers, on each TASK."
     setting = Setting(args.model, check_ratio(args.ratio), args.steps, args.batch_size, args.rows, seeds=tuple(args.seeds), rates=tuple(args.lr))
+    unknown = [name for name in args.methods or [] if name not in {m.name for m in METHODS}]
+    if unknown: raise EmlocError(f"method {unknown[0]!r}: the methods are {', '.join(repr(m.name) for m in METHODS)}")
     tasks, found = {name: load_task(name) for name in args.tasks}, {}
     for name, task in tasks.items():
-        found[name] = Comparison(task, Path(args.out) / task.name, setting).run(METHODS)
+        found[name] = Comparison(task, Path(args.out) / task.name, setting).run([m for m in METHODS if args.methods is None or m.name in args.methods])
         print(f"\n{name}, ratio {args.ratio:g}, {args.steps} steps\n{found[name]['markdown']}\n")
     return found
 
@@ -229,7 +231,7 @@ def run(args) -> dict:
         print(describe(results[stage]))
     return results
 
-# %% ../nbs/70_cli.ipynb #61bb1500
+# %% ../nbs/70_cli.ipynb #740856b3
 class Parser(argparse.ArgumentParser):
     "argparse, whose complaints are one clear line and exit code 2."
     def error(self, message): self.exit(2, f"emloc: {message}; see {self.prog} --help\n")
@@ -337,6 +339,7 @@ def parser() -> Parser:
     c.add_argument("--rows", type=int, default=300, help="test rows to score on")
     c.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the trainings")
     c.add_argument("--lr", type=float, nargs="+", default=[1e-3], help="learning rates; of several each method gets the one that is best on the validation rows")
+    c.add_argument("--methods", nargs="+", help="only these, by their names in the table; LoRA on the model is always there")
     options(sub, "run", run, ["config"], walk=False)
     c = options(sub, "lab", lab, [], walk=False)
     c.add_argument("--port", type=int, help="by default JupyterLab's own choice")

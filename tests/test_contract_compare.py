@@ -44,7 +44,8 @@ def test_a_folder_of_something_else_is_left_alone(setting, task, tmp_path):
 
 def test_the_command(llama, task, tmp_path, capsys):
     task.train.to_json(tmp_path / "rows.jsonl")
-    words = ["compare", tmp_path / "rows.jsonl", "--model", llama, "--out", tmp_path / "out", "--ratio", 0.5, "--steps", 2, "--rows", 4, "--seeds", 0, "--json", tmp_path / "found.json"]
+    words = ["compare", tmp_path / "rows.jsonl", "--model", llama, "--out", tmp_path / "out", "--ratio", 0.5, "--steps", 2, "--rows", 4, "--seeds", 0, "--json", tmp_path / "found.json", "--methods", "EMLoC", "quantized, anchors in rounds"]
+    assert main([*map(str, words), "EMLOC"]) == 2 and "'EMLoC'" in capsys.readouterr().err
     assert main(list(map(str, words))) == 0
     assert "recovered of the NLL" in capsys.readouterr().out
-    assert len(json.loads((tmp_path / "found.json").read_text())[str(tmp_path / "rows.jsonl")]["rows"]) == len(METHODS)
+    assert len(json.loads((tmp_path / "found.json").read_text())[str(tmp_path / "rows.jsonl")]["rows"]) == 3
