@@ -43,6 +43,10 @@ RUNS = [ # name, model, what is run, rows in a batch, tokens, positions with log
     dict(model="default", stage="build", batch_size=8, seq_len=256, rows=32),
     dict(model="Qwen3 like", stage="build", batch_size=4, seq_len=512, rows=8),
     dict(model="Llama like", stage="build", batch_size=8, seq_len=128, rows=32),
+    dict(model="default", stage="build", batch_size=8, seq_len=256, rows=32, form="quantized"),
+    dict(model="Qwen3 like", stage="build", batch_size=4, seq_len=512, rows=8, form="quantized"),
+    dict(model="default", stage="train", batch_size=4, seq_len=512, completion=32, form="quantized"),
+    dict(model="Llama like", stage="train", batch_size=4, seq_len=256, completion=32, checkpointing=True, form="quantized"),
     dict(model="default", stage="build", batch_size=8, seq_len=256, rows=32, completion=16, metric="fisher"),
     dict(model="Qwen3 like", stage="build", batch_size=4, seq_len=512, rows=8, completion=64, metric="fisher"),
     dict(model="default", stage="correct", batch_size=8, seq_len=256, rows=16, completion=16),
@@ -55,7 +59,7 @@ RATIO = 0.25
 
 def name(run: dict) -> str:
     "A run in a few words."
-    return f"{run['stage']} {run['model']} {run['batch_size']} x {run['seq_len']}" + (" checkpointing" if run.get("checkpointing") else "") + (" fisher" if run.get("metric") == "fisher" else "")
+    return f"{run['stage']} {run['model']} {run['batch_size']} x {run['seq_len']}" + (" checkpointing" if run.get("checkpointing") else "") + (" fisher" if run.get("metric") == "fisher" else "") + (" quantized" if run.get("form") else "")
 
 
 def write_random(config: dict, folder: Path, ratio: float | None = None) -> Path:
@@ -116,7 +120,7 @@ def work(run: dict, folder: Path, out: Path):
     from emloc.pairlora import wrap
     from transformers import AutoModelForCausalLM
     walk = {"batch_size": run["batch_size"], "max_length": run["seq_len"]}
-    if run["stage"] == "build": return build_emulator(folder, rows_of(run["rows"], run), out, ratio=RATIO, metric=run.get("metric", "activation"), **walk)
+    if run["stage"] == "build": return build_emulator(folder, rows_of(run["rows"], run), out, ratio=RATIO, metric=run.get("metric", "activation"), form=run.get("form", "lowrank"), **walk)
     if run["stage"] == "anchor": return compute_anchors(folder.with_name(folder.name + "-emulator"), folder, rows_of(run["rows"], run), out, **walk)
     if run["stage"] == "correct":
         rows = rows_of(2 * run["rows"], run)
@@ -129,6 +133,7 @@ def work(run: dict, folder: Path, out: Path):
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
         if run["batch_size"] > 1: batch["attention_mask"][1:, -3:] = 0
         with torch.no_grad(): return model(**batch, use_cache=True, logits_to_keep=1).logits.shape
+    if run.get("form"): folder = folder.with_name(folder.name + "-emulator")
     model = wrap(resident(load_emulator(folder) if run["stage"] == "train" else AutoModelForCausalLM.from_pretrained(folder, dtype="auto")))
     args = training_args(out, steps=2, batch_size=run["batch_size"], gradient_checkpointing=run.get("checkpointing", False), disable_tqdm=True, dataloader_drop_last=True,
                          train_sampling_strategy="sequential")
@@ -145,8 +150,8 @@ def child(run: dict):
     tiny = {"model_type": "llama", "vocab_size": WORDS, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
     with tempfile.TemporaryDirectory() as tmp:
         small = run | {"batch_size": 2, "seq_len": 48, "completion": 8, "rows": 8}
-        warm = write_random(tiny, Path(tmp) / "tiny", RATIO if run["stage"] == "train" else None)
-        companions(run["stage"], warm)
+        warm = write_random(tiny, Path(tmp) / "tiny", RATIO if run["stage"] == "train" and not run.get("form") else None)
+        companions(run, warm)
         work(small, warm, Path(tmp) / "warm")
         gc.collect()
         with taken_forks() as taken, measure(name(run), interval=0.005) as usage: work(run, Path(run["folder"]), Path(tmp) / "out")
@@ -164,9 +169,10 @@ def measured(run: dict) -> dict:
 def predicted(run: dict, taken: list) -> tuple: # (Need, as planned without knowing the forks)
     "What the needs are of this run, and what a plan says."
     from emloc import needs
+    from emloc.emulator import choose_bits
     from emloc.rank import uniform
     s = needs.Shapes(run["folder"])
-    ranks, size = uniform(s.shapes, RATIO), (run["batch_size"], run["seq_len"])
+    ranks, size = choose_bits(s.shapes, RATIO, s.dtype) if run.get("form") else uniform(s.shapes, RATIO), (run["batch_size"], run["seq_len"])
     settings = {"batch_size": run["batch_size"], "seq_len": run["seq_len"], "completion": run.get("completion"), "checkpointing": run.get("checkpointing", False), "lora": None}
     if run["stage"] == "build":
         build = lambda taken: needs.building(s, ranks, run["rows"], *size, metric=run.get("metric", "activation"), completion=run.get("completion"), taken=taken)
@@ -192,17 +198,28 @@ class Kept(dict):
         self.file.write_text(json.dumps({"code": self.code, "rows": dict(self)}))
 
 
-def companions(stage: str, folder: Path):
-    "What a stage asks for besides the model, in directories beside it: an emulator with random pairs, a random LoRA."
+def companions(run: dict, folder: Path):
+    "What a stage asks for besides the model, in directories beside it: an emulator with random pairs or random bytes, a random LoRA."
     import torch
     from emloc.adapter import Adapter, write_adapter
-    from emloc.lowrank import EmulatorConfig
+    from emloc.emulator import choose_bits
+    from emloc.lowrank import EmulatorConfig, put_emulated
     from emloc.model import Checkpoint, linear_shapes, skeleton
     from emloc.pairlora import lora_config
     from emloc.rank import uniform
     from safetensors.torch import save_file
     checkpoint, emulator, adapter = Checkpoint(folder), folder.with_name(folder.name + "-emulator"), folder.with_name(folder.name + "-adapter")
-    shapes = linear_shapes(skeleton(checkpoint))
+    shapes, stage = linear_shapes(skeleton(checkpoint)), run["stage"]
+    if stage == "train" and run.get("form") and not emulator.exists():
+        model, config = skeleton(checkpoint), EmulatorConfig({}, str(folder), checkpoint.fingerprint(), RATIO, bits=choose_bits(shapes, RATIO, checkpoint.dtype))
+        put_emulated(model, config)
+        state = {k: checkpoint.read(k) if checkpoint.key(k) else torch.full(t.shape, 0x38, dtype=t.dtype) if k.endswith("scales") else torch.arange(len(t), dtype=t.dtype) if k.endswith("order")
+                 else torch.randint(256, t.shape, dtype=t.dtype) if t.dtype == torch.uint8 else torch.linspace(-2, 2, len(t)).to(t.dtype) if k.endswith("book") else torch.full(t.shape, 0.02, dtype=t.dtype)
+                 for k, t in model.state_dict().items()}
+        emulator.mkdir()
+        save_file({k: t.contiguous() for k, t in state.items() if k != "lm_head.weight" or checkpoint.key(k)}, emulator / "model.safetensors", metadata={"format": "pt"})
+        load_tokenizer_files(folder, emulator)
+        (emulator / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | {"quantization_config": config.to_dict()}))
     if stage in ("correct", "anchor") and not emulator.exists():
         ranks = uniform(shapes, RATIO)
         emulator.mkdir()
@@ -230,12 +247,13 @@ def prepare(run: dict, folder: Path) -> dict:
     from emloc.data import load_task
     from emloc.emulator import build_emulator
     from emloc.model import default_model
-    if run["model"] != "default": folder = write_random(CONFIGS[run["model"]], folder, RATIO if run["stage"] == "train" else None)
-    elif run["stage"] == "train":
+    emulated = run["stage"] == "train" and not run.get("form") # a model and its emulator of packed weights lie side by side
+    if run["model"] != "default": folder = write_random(CONFIGS[run["model"]], folder, RATIO if emulated else None)
+    elif emulated:
         folder = folder.parent / "emulator-default"
         if not folder.exists(): build_emulator("default", load_task("bbc").calibration(64), folder, ratio=RATIO)
     else: folder.symlink_to(default_model())
-    companions(run["stage"], folder)
+    companions(run, folder)
     return run | {"folder": str(folder)}
 
 
