@@ -15,7 +15,7 @@ from .spectrum import Gram, power_of_two
 # %% auto #0
 __all__ = ['BLOCK', 'nearest', 'best_scales', 'carry_matrix', 'round_block', 'round_columns', 'quantize']
 
-# %% ../nbs/11a_rounding.ipynb #60bffab1
+# %% ../nbs/11a_rounding.ipynb #ae357f8e
 def nearest(
     x: torch.Tensor, # (…, columns) in units of their scales
     levels: int,
@@ -32,7 +32,7 @@ def best_scales(
     "A scale for every group of neighbours, as it will be stored."
     groups = F.pad(weight, (0, -weight.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
     size, best, least = groups.square().mean(2).sqrt().clamp_min(1e-30), None, None
-    for multiple in (0.8, 0.9, 1.0, 1.1, 1.2, 1.35):
+    for multiple in (0.8, 0.95, 1.1, 1.3):
         x = (weight / (multiple * size).repeat_interleave(GROUP, 1)[:, :weight.shape[1]]).split([columns for columns, _ in parts], 1)
         off = torch.cat([nearest(own, levels)[1] - own for own, (_, levels) in zip(x, parts)], 1) * multiple
         error = F.pad(off, (0, -weight.shape[1] % GROUP)).unflatten(1, (-1, GROUP)).square().sum(2)
@@ -40,8 +40,8 @@ def best_scales(
         least = error if least is None else torch.minimum(error, least)
     return as_stored(best)
 
-# %% ../nbs/11a_rounding.ipynb #3eed35aa
-BLOCK = 128 # columns whose errors are carried on one by one; to all later ones they go in one product
+# %% ../nbs/11a_rounding.ipynb #d00e55dc
+BLOCK = 64 # columns whose errors are carried on one by one; to all later ones they go in one product
 
 def carry_matrix(
     matrix: torch.Tensor, # G (n, n), damped
@@ -53,34 +53,33 @@ def carry_matrix(
     raise EmlocError("the Gram matrix of its inputs is not positive, not even damped; try other calibration rows")
 
 def round_block(
-    weight: torch.Tensor, # (out, columns), changed in place
-    scales: torch.Tensor, # (out, columns)
+    columns: torch.Tensor, # (columns, out), changed in place
+    scales: torch.Tensor, # (columns, out)
     levels: list, # of each column
     carry: torch.Tensor, # (columns, columns)
-) -> tuple: # (numbers (out, columns), errors (out, columns) to carry on)
+) -> tuple: # (numbers (columns, out), errors (columns, out) to carry on)
     "Neighbouring columns, one after the other."
-    numbers, errors = [], []
+    numbers, errors = torch.empty(columns.shape, dtype=torch.int16, device=columns.device), torch.empty_like(columns)
     for j, own in enumerate(levels):
-        found, value = nearest(weight[:, j] / scales[:, j], own)
-        numbers.append(found.to(torch.int16))
-        errors.append((weight[:, j] - value * scales[:, j]) / carry[j, j])
-        weight[:, j:] -= errors[-1][:, None] * carry[j, j:]
-    return torch.stack(numbers, 1), torch.stack(errors, 1)
+        numbers[j], value = nearest(columns[j] / scales[j], own)
+        errors[j] = (columns[j] - value * scales[j]) / carry[j, j]
+        columns[j + 1:].addr_(carry[j, j + 1:], errors[j], alpha=-1)
+    return numbers, errors
 
 def round_columns(
-    weight: torch.Tensor, # (out, in), changed in place
+    columns: torch.Tensor, # Wᵀ (in, out), changed in place
     scales: torch.Tensor, # (out, groups)
     parts: list, # [(columns, levels)]
     carry: torch.Tensor, # (in, in), of `carry_matrix`
 ) -> torch.Tensor: # (out, in), numbers
     "Every column to its nearest level, its error carried on to those after it."
-    numbers, levels, n = [], [k for columns, k in parts for _ in range(columns)], weight.shape[1]
+    numbers, levels, n, by_group = [], [k for count, k in parts for _ in range(count)], len(columns), scales.T.contiguous()
     for start in range(0, n, BLOCK):
         own = slice(start, min(start + BLOCK, n))
-        found, errors = round_block(weight[:, own], scales[:, torch.arange(own.start, own.stop, device=scales.device) // GROUP], levels[own], carry[own, own])
+        found, errors = round_block(columns[own], by_group[torch.arange(own.start, own.stop, device=scales.device) // GROUP], levels[own], carry[own, own])
         numbers.append(found)
-        weight[:, own.stop:] -= errors @ carry[own, own.stop:]
-    return torch.cat(numbers, 1)
+        columns[own.stop:] -= carry[own, own.stop:].T @ errors
+    return torch.cat(numbers).T
 
 @torch.no_grad()
 def quantize(
@@ -102,8 +101,8 @@ def quantize(
     layer = QuantizedLinear(in_, out, parts, device=weight.device, dtype=weight.dtype)
     sorted_gram = matrix[order][:, order]
     sorted_gram.diagonal().add_(damping * loud.mean().clamp_min(torch.finfo(matrix.dtype).tiny))
-    work = weight.to(matrix.dtype)[:, order]
-    scales, unit = best_scales(work, parts)
+    work = weight.to(matrix.dtype).T[order]
+    scales, unit = best_scales(work.T, parts)
     try: layer.put(order, round_columns(work, scales, parts, carry_matrix(sorted_gram)), scales, unit)
     except EmlocError as error: raise EmlocError(f"{name}: {error}") from error
     del sorted_gram, work
