@@ -28,7 +28,7 @@ from .rounds import Rounds
 # %% auto #0
 __all__ = ['METHODS', 'Method', 'Setting', 'Comparison', 'share', 'comparison_table', 'share_figure']
 
-# %% ../nbs/69_compare.ipynb #fb948988
+# %% ../nbs/69_compare.ipynb #664aa9d8
 @dataclass
 class Method:
     "One way to an adapter for the whole model."
@@ -38,6 +38,7 @@ class Method:
     again: int = 0 # anchors again after so many steps; 0: once, before the training
     mode: str = "none" # of the correction
     polish: int = 0 # exact steps afterwards
+    gently: float = 1.0 # their learning rate, relative to that of the training
     form: str = "lowrank" # of the emulator
     ratio: float | None = None # of the emulator; None: the setting's
 
@@ -47,11 +48,11 @@ class Method:
 METHODS = [Method("LoRA on the model"), Method("EMLoC", "activation"), Method("EMLoC, corrected", "activation", mode="auto"),
            Method("Fisher metric, anchors in rounds", "fisher", 1, 25), Method("Fisher metric, rounds, 10 exact steps", "fisher", 1, 25, polish=10),
            Method("quantized, no anchors", "activation", form="quantized"), Method("quantized, anchors in rounds", "activation", 1, 25, form="quantized"),
-           Method("quantized, rounds, 10 exact steps", "activation", 1, 25, polish=10, form="quantized"),
+           Method("quantized, rounds, 10 exact steps", "activation", 1, 25, polish=10, gently=0.2, form="quantized"),
            Method("quantized to 0.1, anchors in rounds", "activation", 1, 25, form="quantized", ratio=0.1),
-           Method("quantized to 0.1, rounds, 10 exact steps", "activation", 1, 25, polish=10, form="quantized", ratio=0.1)]
+           Method("quantized to 0.1, rounds, 10 exact steps", "activation", 1, 25, polish=10, gently=0.2, form="quantized", ratio=0.1)]
 
-# %% ../nbs/69_compare.ipynb #23422ea5
+# %% ../nbs/69_compare.ipynb #a691fcd9
 @dataclass
 class Setting:
     "What all methods of a comparison have in common."
@@ -113,7 +114,8 @@ class Comparison:
         plain = self.made(f"{raw.relative_to(self.out)}-{method.mode}", lambda path: correct_adapter(raw, self.emulator(method), s.model, path, mode=method.mode,
                                                                                                      calibration=self.task.calibration(128), held_out=self.task.validation))
         if not method.polish: return plain
-        return self.made(f"{plain.relative_to(self.out)}-{method.polish}", lambda path: polish_adapter(plain, s.model, self.train, path, steps=method.polish, lr=rate, seed=seed))
+        name = f"{plain.relative_to(self.out)}-{method.polish}" + (f"-{method.gently:g}" if method.gently != 1 else "")
+        return self.made(name, lambda path: polish_adapter(plain, s.model, self.train, path, steps=method.polish, lr=method.gently * rate, seed=seed))
 
     def score(self, adapter: Path | None, validation: bool = False) -> dict: # accuracy, nll
         "Scores are kept, so that each adapter is evaluated once on each set of rows."
