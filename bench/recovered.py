@@ -7,10 +7,11 @@ Writes bench/results/recovered.json and nbs/images/recovered.png from all tasks 
 import argparse
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import machine
-from emloc.compare import METHODS, Comparison, Setting, share_figure
+from emloc.compare import METHODS, Comparison, Setting, comparison_table, share_figure
 from emloc.data import load_task
 
 HERE = Path(__file__).parent
@@ -59,8 +60,15 @@ if __name__ == "__main__":
     for name in args.tasks:
         Comparison(load_task(name), args.out / name, Setting(steps=args.steps, rows=args.rows, seeds=tuple(args.seeds), rates=tuple(args.lr))).run([m for m in METHODS if m.name in args.methods])
     about = machine.describe()
-    found = {name: json.loads(file.read_text()) for name in TITLES if (file := args.out / name / "compare.json").is_file()}
-    found = {name: {k: result[k] for k in ("setting", "rows", "markdown")} for name, result in found.items() if "markdown" in result}
+    found = {}
+    for name in TITLES:
+        known = args.out / name / "compare.json"
+        if not known.is_file(): continue
+        setting = Setting(**json.loads(known.read_text())["setting"])
+        comparison = Comparison(load_task(name), args.out / name, replace(setting, seeds=tuple(setting.seeds), rates=tuple(setting.rates)))
+        comparison.begin()
+        rows = comparison.rows(METHODS)
+        if rows: found[name] = {"setting": comparison.known["setting"], "rows": rows, "markdown": comparison_table(rows, comparison.score(None))}
     markdown = table(found, about)
     (HERE / "results" / "recovered.json").write_text(json.dumps({"machine": about, "tasks": found, "markdown": markdown}, indent=1) + "\n")
     share_figure(found).savefig(HERE.parent / "nbs" / "images" / "recovered.png", dpi=110)

@@ -52,7 +52,7 @@ METHODS = [Method("LoRA on the model"), Method("EMLoC", "activation"), Method("E
            Method("quantized to 0.1, anchors in rounds", "activation", 1, 25, form="quantized", ratio=0.1),
            Method("quantized to 0.1, rounds, 10 exact steps", "activation", 1, 25, polish=10, gently=0.2, form="quantized", ratio=0.1)]
 
-# %% ../nbs/69_compare.ipynb #a691fcd9
+# %% ../nbs/69_compare.ipynb #7fbcc0c0
 @dataclass
 class Setting:
     "What all methods of a comparison have in common."
@@ -101,51 +101,63 @@ class Comparison:
         if method.again: return Rounds(self.setting.model, method.again, every=method.every)
         return self.made(f"anchors-{method.kind()}-{method.every}", lambda path: compute_anchors(self.emulator(method), self.setting.model, self.train, path, every=method.every))
 
-    def raw(self, method: Method, seed: int, rate: float) -> Path: # as it was trained
-        s = self.setting
-        args = lambda path: training_args(f"{path}.checkpoints", steps=s.steps, lr=rate, batch_size=s.batch_size, seed=seed, save_strategy="no")
-        def on_model(path): train_on_model(s.model, self.train, path, args(path))
-        def on_emulator(path): train_adapter(self.emulator(method), self.train, path, args=args(path), anchors=self.anchors(method))
-        return self.made(f"{seed}/raw-{method.kind()}-{method.every}-{method.again}-{rate:g}", on_emulator if method.metric else on_model)
+    def folders(self, method: Method, seed: int, rate: float) -> list: # names: as it was trained, for the model, polished
+        raw = f"{seed}/raw-{method.kind()}-{method.every}-{method.again}-{rate:g}"
+        if not method.metric: return [raw]
+        exact = f"-{method.polish}" + (f"-{method.gently:g}" if method.gently != 1 else "")
+        return [raw, f"{raw}-{method.mode}", *([f"{raw}-{method.mode}{exact}"] if method.polish else [])]
 
     def adapter(self, method: Method, seed: int, rate: float) -> Path: # for the whole model
-        raw, s = self.raw(method, seed, rate), self.setting
-        if not method.metric: return raw
-        plain = self.made(f"{raw.relative_to(self.out)}-{method.mode}", lambda path: correct_adapter(raw, self.emulator(method), s.model, path, mode=method.mode,
-                                                                                                     calibration=self.task.calibration(128), held_out=self.task.validation))
+        s, (raw, *more) = self.setting, self.folders(method, seed, rate)
+        args = lambda path: training_args(f"{path}.checkpoints", steps=s.steps, lr=rate, batch_size=s.batch_size, seed=seed, save_strategy="no")
+        if not method.metric: return self.made(raw, lambda path: train_on_model(s.model, self.train, path, args(path)))
+        trained = self.made(raw, lambda path: train_adapter(self.emulator(method), self.train, path, args=args(path), anchors=self.anchors(method)))
+        plain = self.made(more[0], lambda path: correct_adapter(trained, self.emulator(method), s.model, path, mode=method.mode, calibration=self.task.calibration(128), held_out=self.task.validation))
         if not method.polish: return plain
-        name = f"{plain.relative_to(self.out)}-{method.polish}" + (f"-{method.gently:g}" if method.gently != 1 else "")
-        return self.made(name, lambda path: polish_adapter(plain, s.model, self.train, path, steps=method.polish, lr=method.gently * rate, seed=seed))
+        return self.made(more[1], lambda path: polish_adapter(plain, s.model, self.train, path, steps=method.polish, lr=method.gently * rate, seed=seed))
 
     def score(self, adapter: Path | None, validation: bool = False) -> dict: # accuracy, nll
         "Scores are kept, so that each adapter is evaluated once on each set of rows."
-        key = f"{adapter and adapter.relative_to(self.out)}{' on validation rows' if validation else ''}"
+        key = self.key(adapter and adapter.relative_to(self.out), validation)
         if key not in self.known["scores"]:
             rows = replace(self.task, test=self.task.validation) if validation else self.task
             self.known["scores"][key] = evaluate_task(self.setting.model, rows, adapter, rows=self.setting.rows)
             write_json(self.file, self.known)
         return self.known["scores"][key]
 
-    def rate(self, method: Method) -> float:
-        "The learning rate with the lowest NLL on the validation rows, for the first seed."
-        rates = self.setting.rates
-        if len(rates) == 1: return rates[0]
-        return min(rates, key=lambda rate: self.score(self.adapter(method, self.setting.seeds[0], rate), True)["nll"])
+    def key(self, name, validation: bool = False) -> str: return f"{name}{' on validation rows' if validation else ''}" # of a score
 
-    def run(self, methods: list) -> dict: # what compare.json holds
-        "Every method with every seed, the reference first."
-        self.begin()
-        untouched, self.known["rows"] = self.score(None), []
+    def rate(self, method: Method) -> float | None: # None while some are not scored
+        "The learning rate with the lowest NLL on the validation rows, for the first seed."
+        if len(self.setting.rates) == 1: return self.setting.rates[0]
+        found = {rate: self.known["scores"].get(self.key(self.folders(method, self.setting.seeds[0], rate)[-1], True)) for rate in self.setting.rates}
+        return None if None in found.values() else min(found, key=lambda rate: found[rate]["nll"])
+
+    def rows(self, methods: list) -> list: # dicts
+        "What is known of these methods, the reference first; what has no score yet is left out."
+        rows, untouched = [], self.known["scores"][self.key(None)]
         for seed in self.setting.seeds:
             best = None
             for method in [METHODS[0], *(m for m in methods if m.metric)]:
                 rate = self.rate(method)
-                score = self.score(self.adapter(method, seed, rate))
+                score = rate and self.known["scores"].get(self.key(self.folders(method, seed, rate)[-1]))
                 best = best or score
-                row = {"name": method.name, "seed": seed, "rate": rate} | {k: score[k] for k in ("accuracy", "nll")} | {f"{k}_share": share(score[k], untouched[k], best[k]) for k in ("accuracy", "nll")}
-                self.known["rows"].append(row)
-                self.say(f"{self.task.name}, seed {seed}, {method.name}: NLL {row['nll']:.3f}" + (f", accuracy {row['accuracy']:.3f}" if row["accuracy"] is not None else ""))
-            self.known["markdown"] = comparison_table(self.known["rows"], untouched)
+                if not score or not best: continue
+                rows.append({"name": method.name, "seed": seed, "rate": rate} | {k: score[k] for k in ("accuracy", "nll")} | {f"{k}_share": share(score[k], untouched[k], best[k]) for k in ("accuracy", "nll")})
+        return rows
+
+    def run(self, methods: list) -> dict: # what compare.json holds
+        "Every method with every seed, the reference first."
+        self.begin()
+        self.score(None)
+        for seed in self.setting.seeds:
+            for method in [METHODS[0], *(m for m in methods if m.metric)]:
+                if self.rate(method) is None:
+                    for rate in self.setting.rates: self.score(self.adapter(method, self.setting.seeds[0], rate), True)
+                score = self.score(self.adapter(method, seed, self.rate(method)))
+                self.say(f"{self.task.name}, seed {seed}, {method.name}: NLL {score['nll']:.3f}" + (f", accuracy {score['accuracy']:.3f}" if score["accuracy"] is not None else ""))
+            self.known["rows"] = self.rows(methods)
+            self.known["markdown"] = comparison_table(self.known["rows"], self.score(None))
             write_json(self.file, self.known) # what is known after each seed
         return self.known
 
