@@ -22,7 +22,7 @@ from .walk import Walk
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'lora_gradient', 'Training', 'polish_adapter']
+__all__ = ['log', 'lora_gradient', 'Training', 'gentle_rate', 'polish_adapter']
 
 # %% ../nbs/32_polish.ipynb #6e852ea5
 def lora_gradient(
@@ -71,7 +71,11 @@ class Training:
     def result(self) -> dict: # {module: (A, B)}
         return {m: (A.detach().cpu(), B.detach().cpu()) for m, (A, B, _) in self.pairs.items()}
 
-# %% ../nbs/32_polish.ipynb #467bd870
+# %% ../nbs/32_polish.ipynb #22b9e15a
+def gentle_rate(lora: Adapter) -> float:
+    "A LoRA that was trained with anchors in rounds is nearly where it should be, and large steps would lead away; any other has a way to go."
+    return 2e-4 if (lora.info.get("anchors") or {}).get("again") else 1e-3
+
 def polish_adapter(
     adapter, # a corrected adapter directory, or any LoRA for this model
     model, # the whole model: a directory, a hub name, or 'default'
@@ -79,7 +83,7 @@ def polish_adapter(
     out, # the adapter directory to write
     *,
     steps: int = 10, # optimizer steps
-    lr: float = 1e-3, # learning rate of AdamW, falling to zero
+    lr: float | None = None, # learning rate of AdamW, falling to zero; by default that of `gentle_rate`
     rows: int = 32, # in each step
     batch_size: int = 8, # rows that are in a block at the same time
     max_length: int = 512, # tokens
@@ -96,6 +100,7 @@ def polish_adapter(
     take = lambda i: train.select([order[j % len(order)] for j in range(i * rows, (i + 1) * rows)])
     walk = Walk(checkpoint, take(0), batch_size=batch_size, max_length=max_length, device=device)
     check_shapes(lora, linear_shapes(walk.model), str(checkpoint.path))
+    lr = lr or gentle_rate(lora)
     training = Training(lora, walk.device, lr)
     options = {"steps": steps, "lr": lr, "rows": rows, "seed": seed}
     settings = options | {"batch_size": batch_size, "model": checkpoint.fingerprint(), "adapter": file_hash(Path(adapter) / "adapter_model.safetensors"), "data": rows_hash(train)}

@@ -4,7 +4,7 @@ import tiny
 import torch
 from peft import PeftModel
 
-from emloc.adapter import read_adapter
+from emloc.adapter import Adapter, read_adapter, write_adapter
 from emloc.correct import correct_adapter
 from emloc.data import EmlocError, collator, encode_rows
 from emloc.polish import lora_gradient, polish_adapter
@@ -52,3 +52,13 @@ def test_a_raw_adapter_and_another_model_are_refused(llama_stages, other_model, 
     with pytest.raises(EmlocError, match="another model"): polish_adapter(start, other_model, task.train, tmp_path / "never")
     with pytest.raises(EmlocError, match="steps"): polish_adapter(start, s.model, task.train, tmp_path / "never", steps=0)
     assert not (tmp_path / "never").exists()
+
+
+def test_after_rounds_the_steps_are_gentle(llama_stages, task, tmp_path):
+    s, rates = llama_stages, {}
+    start = read_adapter(correct_adapter(s.raw, s.emulator, s.model, tmp_path / "none", mode="none"))
+    for name, anchors in (("plain", None), ("once", {"every": 1, "again": 0}), ("rounds", {"every": 1, "again": 25})):
+        (tmp_path / name).mkdir()
+        write_adapter(Adapter(start.config, start.pairs, start.info | {"anchors": anchors}), tmp_path / name)
+        rates[name] = read_adapter(polish_adapter(tmp_path / name, s.model, task.train, tmp_path / f"{name}-polished", steps=1, rows=4)).info["polish"]["lr"]
+    assert rates == {"plain": 1e-3, "once": 1e-3, "rounds": 2e-4}
