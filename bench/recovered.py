@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import machine
-from emloc.compare import METHODS, Comparison, Setting, comparison_table, share_figure
+from emloc.compare import METHODS, Comparison, Setting, comparison_table, in_order, share_figure
 from emloc.data import load_task
 
 HERE = Path(__file__).parent
@@ -39,7 +39,7 @@ def table(found: dict, about: dict) -> str:
         rates = sorted({row["rate"] for row in result["rows"]})
         lines += [f"**{TITLES.get(task, task)}** ({s['steps']} steps of {s['batch_size']} rows, {s['rows']} test rows, seeds {', '.join(str(seed) for seed in sorted({row['seed'] for row in result['rows']}))}, "
                   f"learning rate {', '.join(f'{r:g}' for r in rates)}{' chosen on validation rows' if len(s['rates']) > 1 else ''}):", "", result["markdown"], ""]
-    names = list(dict.fromkeys(row["name"] for result in found.values() for row in result["rows"]))
+    names = in_order(row["name"] for result in found.values() for row in result["rows"])
     lines += ["**All of them**, mean over the tasks of the mean share over the seeds (worst run; how many tasks a method was run on):", "", "| | of the accuracy | of the NLL |", "| --- | --- | --- |"]
     for name in names:
         lines.append(f"| {name} | " + " | ".join(cell(shares(found, name, key)) for key in ("accuracy_share", "nll_share")) + " |")

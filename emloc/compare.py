@@ -26,7 +26,7 @@ from .polish import polish_adapter
 from .rounds import Rounds
 
 # %% auto #0
-__all__ = ['METHODS', 'Method', 'Setting', 'Comparison', 'share', 'comparison_table', 'share_figure']
+__all__ = ['METHODS', 'Method', 'Setting', 'Comparison', 'share', 'comparison_table', 'in_order', 'share_figure']
 
 # %% ../nbs/69_compare.ipynb #664aa9d8
 @dataclass
@@ -187,12 +187,19 @@ def comparison_table(
         lines.append(f"| {name} | " + " | ".join(cell([row[k] for row in own]) for k in ("accuracy", "nll", "accuracy_share", "nll_share")) + " |")
     return "\n".join(lines)
 
-# %% ../nbs/69_compare.ipynb #c7b8668f
+# %% ../nbs/69_compare.ipynb #e605848c
+def in_order(
+    names, # of methods, perhaps repeated
+) -> list:
+    "Each once, in the order of METHODS; others last."
+    known = [m.name for m in METHODS]
+    return sorted(dict.fromkeys(names), key=lambda name: known.index(name) if name in known else len(known))
+
 def share_figure(
     found: dict, # {task: what a comparison found}
 ) -> Figure:
     "The shares of every method, task and seed; 1 is a LoRA trained on the model."
-    names = [n for n in dict.fromkeys(row["name"] for task in found.values() for row in task["rows"]) if n != METHODS[0].name]
+    names = [n for n in in_order(row["name"] for task in found.values() for row in task["rows"]) if n != METHODS[0].name]
     figure, axes = plt.subplots(1, 2, figsize=(9, 0.9 + 0.5 * len(names)), sharey=True)
     for ax, key, title in zip(axes, ("accuracy_share", "nll_share"), ("recovered of the accuracy", "recovered of the NLL")):
         for t, (task, colour) in enumerate(zip(found, cycle((BLUE, ORANGE, GREEN, PINK)))):
