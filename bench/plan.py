@@ -62,6 +62,9 @@ def name(run: dict) -> str:
     return f"{run['stage']} {run['model']} {run['batch_size']} x {run['seq_len']}" + (" checkpointing" if run.get("checkpointing") else "") + (" fisher" if run.get("metric") == "fisher" else "") + (" quantized" if run.get("form") else "")
 
 
+def emulated(run: dict) -> bool: return run["stage"] == "train" and not run.get("form") # a model and its emulator of packed weights lie side by side
+
+
 def write_random(config: dict, folder: Path, ratio: float | None = None) -> Path:
     "A model, or its emulator, with random weights."
     import torch
@@ -150,7 +153,7 @@ def child(run: dict):
     tiny = {"model_type": "llama", "vocab_size": WORDS, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
     with tempfile.TemporaryDirectory() as tmp:
         small = run | {"batch_size": 2, "seq_len": 48, "completion": 8, "rows": 8}
-        warm = write_random(tiny, Path(tmp) / "tiny", RATIO if run["stage"] == "train" and not run.get("form") else None)
+        warm = write_random(tiny, Path(tmp) / "tiny", RATIO if emulated(run) else None)
         companions(run, warm)
         work(small, warm, Path(tmp) / "warm")
         gc.collect()
@@ -203,37 +206,37 @@ def companions(run: dict, folder: Path):
     import torch
     from emloc.adapter import Adapter, write_adapter
     from emloc.emulator import choose_bits
-    from emloc.lowrank import EmulatorConfig, put_emulated
+    from emloc.lowrank import chosen, put_emulated
     from emloc.model import Checkpoint, linear_shapes, skeleton
     from emloc.pairlora import lora_config
     from emloc.rank import uniform
     from safetensors.torch import save_file
     checkpoint, emulator, adapter = Checkpoint(folder), folder.with_name(folder.name + "-emulator"), folder.with_name(folder.name + "-adapter")
     shapes, stage = linear_shapes(skeleton(checkpoint)), run["stage"]
-    if stage == "train" and run.get("form") and not emulator.exists():
-        model, config = skeleton(checkpoint), EmulatorConfig({}, str(folder), checkpoint.fingerprint(), RATIO, bits=choose_bits(shapes, RATIO, checkpoint.dtype))
+    if (stage in ("correct", "anchor") or stage == "train" and run.get("form")) and not emulator.exists():
+        choice = choose_bits(shapes, RATIO, checkpoint.dtype) if run.get("form") else uniform(shapes, RATIO)
+        model, config = skeleton(checkpoint), chosen(choice)
+        config.base_model, config.base_fingerprint, config.ratio = str(folder), checkpoint.fingerprint(), RATIO
         put_emulated(model, config)
-        state = {k: checkpoint.read(k) if checkpoint.key(k) else torch.full(t.shape, 0x38, dtype=t.dtype) if k.endswith("scales") else torch.arange(len(t), dtype=t.dtype) if k.endswith("order")
-                 else torch.randint(256, t.shape, dtype=t.dtype) if t.dtype == torch.uint8 else torch.linspace(-2, 2, len(t)).to(t.dtype) if k.endswith("book") else torch.full(t.shape, 0.02, dtype=t.dtype)
-                 for k, t in model.state_dict().items()}
+        own = {k: random_like(k, t) for k, t in model.state_dict().items() if k.rpartition(".")[0].removesuffix(".fine").removesuffix(".coarse") in choice and not checkpoint.key(k)}
+        dense = {k: checkpoint.read(k) for k in checkpoint.info if k.removesuffix(".weight") not in choice}
         emulator.mkdir()
-        save_file({k: t.contiguous() for k, t in state.items() if k != "lm_head.weight" or checkpoint.key(k)}, emulator / "model.safetensors", metadata={"format": "pt"})
+        save_file(dense | own, emulator / "model.safetensors", metadata={"format": "pt"})
         load_tokenizer_files(folder, emulator)
         (emulator / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | {"quantization_config": config.to_dict()}))
-    if stage in ("correct", "anchor") and not emulator.exists():
-        ranks = uniform(shapes, RATIO)
-        emulator.mkdir()
-        dense = {k: checkpoint.read(k) for k in checkpoint.info if k.removesuffix(".weight") not in ranks}
-        pairs = {f"{n}.{part}": torch.randn(size).mul_(0.02).to(checkpoint.dtype) for n, k in ranks.items() for part, size in (("U", (shapes[n][0], k)), ("V", (k, shapes[n][1])))}
-        save_file(dense | pairs, emulator / "model.safetensors", metadata={"format": "pt"})
-        load_tokenizer_files(folder, emulator)
-        settings = EmulatorConfig(ranks, str(folder), checkpoint.fingerprint(), RATIO).to_dict()
-        (emulator / "config.json").write_text(json.dumps(json.loads((folder / "config.json").read_text()) | {"quantization_config": settings}))
     if stage in ("correct", "polish") and not adapter.exists():
         adapter.mkdir()
         config = lora_config(8)
         config.base_model_name_or_path = str(folder)
         write_adapter(Adapter(config, {n: (torch.randn(8, in_) * 0.02, torch.randn(out, 8) * 0.02) for n, (out, in_) in shapes.items()}), adapter)
+
+
+def random_like(name: str, t):
+    "Random numbers for a tensor of an emulated linear: bytes where it is packed, small ones in factors."
+    import torch
+    fixed = {"scales": lambda: torch.full(t.shape, 0x38, dtype=t.dtype), "order": lambda: torch.arange(len(t), dtype=t.dtype), "book": lambda: torch.linspace(-2, 2, len(t)).to(t.dtype), "unit": lambda: torch.full(t.shape, 0.02, dtype=t.dtype),
+             "codes": lambda: torch.randint(256, t.shape, dtype=t.dtype)}
+    return fixed.get(name.split(".")[-1], lambda: torch.randn(t.shape).mul_(0.02).to(t.dtype))()
 
 
 def load_tokenizer_files(folder: Path, out: Path):
@@ -247,9 +250,8 @@ def prepare(run: dict, folder: Path) -> dict:
     from emloc.data import load_task
     from emloc.emulator import build_emulator
     from emloc.model import default_model
-    emulated = run["stage"] == "train" and not run.get("form") # a model and its emulator of packed weights lie side by side
-    if run["model"] != "default": folder = write_random(CONFIGS[run["model"]], folder, RATIO if emulated else None)
-    elif emulated:
+    if run["model"] != "default": folder = write_random(CONFIGS[run["model"]], folder, RATIO if emulated(run) else None)
+    elif emulated(run):
         folder = folder.parent / "emulator-default"
         if not folder.exists(): build_emulator("default", load_task("bbc").calibration(64), folder, ratio=RATIO)
     else: folder.symlink_to(default_model())

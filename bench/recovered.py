@@ -7,7 +7,6 @@ Writes bench/results/recovered.json and nbs/images/recovered.png from all tasks 
 import argparse
 import json
 import statistics
-from dataclasses import replace
 from pathlib import Path
 
 import machine
@@ -64,8 +63,7 @@ if __name__ == "__main__":
     for name in TITLES:
         known = args.out / name / "compare.json"
         if not known.is_file(): continue
-        setting = Setting(**json.loads(known.read_text())["setting"])
-        comparison = Comparison(load_task(name), args.out / name, replace(setting, seeds=tuple(setting.seeds), rates=tuple(setting.rates)))
+        comparison = Comparison(load_task(name), args.out / name, Setting(**json.loads(known.read_text())["setting"]))
         comparison.begin()
         rows = comparison.rows(METHODS)
         if rows: found[name] = {"setting": comparison.known["setting"], "rows": rows, "markdown": comparison_table(rows, comparison.score(None))}

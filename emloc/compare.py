@@ -27,7 +27,8 @@ from .polish import polish_adapter
 from .rounds import Rounds
 
 # %% auto #0
-__all__ = ['METHODS', 'Method', 'Setting', 'Comparison', 'share', 'comparison_table', 'in_order', 'share_figure']
+__all__ = ['METHODS', 'Method', 'with_reference', 'Setting', 'Comparison', 'share', 'comparison_table', 'in_order',
+           'share_figure']
 
 # %% ../nbs/69_compare.ipynb #664aa9d8
 @dataclass
@@ -53,7 +54,9 @@ METHODS = [Method("LoRA on the model"), Method("EMLoC", "activation"), Method("E
            Method("quantized to 0.1, anchors in rounds", "activation", 1, 25, form="quantized", ratio=0.1),
            Method("quantized to 0.1, rounds, 10 exact steps", "activation", 1, 25, polish=10, gently=0.2, form="quantized", ratio=0.1)]
 
-# %% ../nbs/69_compare.ipynb #7fbcc0c0
+# %% ../nbs/69_compare.ipynb #ed88aafa
+def with_reference(methods: list) -> list: return [METHODS[0], *(m for m in methods if m.metric)] # it comes first
+
 @dataclass
 class Setting:
     "What all methods of a comparison have in common."
@@ -139,7 +142,7 @@ class Comparison:
         rows, untouched = [], self.known["scores"][self.key(None)]
         for seed in self.setting.seeds:
             best = None
-            for method in [METHODS[0], *(m for m in methods if m.metric)]:
+            for method in with_reference(methods):
                 rate = self.rate(method)
                 score = rate and self.known["scores"].get(self.key(self.folders(method, seed, rate)[-1]))
                 best = best or score
@@ -152,7 +155,7 @@ class Comparison:
         self.begin()
         self.score(None)
         for seed in self.setting.seeds:
-            for method in [METHODS[0], *(m for m in methods if m.metric)]:
+            for method in with_reference(methods):
                 if self.rate(method) is None:
                     for rate in self.setting.rates: self.score(self.adapter(method, self.setting.seeds[0], rate), True)
                 score = self.score(self.adapter(method, seed, self.rate(method)))

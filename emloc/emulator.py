@@ -102,7 +102,7 @@ def divide(
     for name in sorted(costs, key=costs.get, reverse=True): min(shares, key=lambda names: sum(map(costs.get, names))).append(name)
     return shares
 
-# %% ../nbs/12_emulator.ipynb #63283895
+# %% ../nbs/12_emulator.ipynb #ae0905e8
 @dataclass
 class BuiltBlock:
     "An emulated block."
@@ -122,7 +122,7 @@ def build_block(
     bits: dict | None = None, # {module name: bits}, of those that are rounded instead
 ) -> BuiltBlock: # the same in every process
     "Run a block on the calibration rows and factorise or round its linears."
-    seen, team, pairs, sigmas, errors = look(step), processes(), {}, {}, {}
+    bits, seen, team, pairs, sigmas, errors = bits or {}, look(step), processes(), {}, {}, {}
     missing = set(step.linears) - set(seen.inputs)
     if missing: raise EmlocError(f"{sorted(missing)[0]}: no calibration token reached this layer, so it cannot be emulated; give more or other rows")
     mine = divide({n: tuple(dense_weight(m).shape) for n, m in step.linears.items()}, team.num_processes)[team.process_index]
@@ -131,7 +131,7 @@ def build_block(
         weight = dense_weight(step.linears[name])
         wanted = (name, ranks.get(name, 0))
         gram, gradients = seen.inputs.pop(name), (seen.gradients or {}).pop(name, None)
-        if name in (bits or {}):
+        if name in bits:
             layer, errors[name] = quantize(weight, gram, bits[name], name)
             pairs |= {f"{name}.{n}": t.cpu() for n, t in layer.state_dict().items()}
             continue
@@ -142,7 +142,7 @@ def build_block(
         pairs[f"{name}.U"], pairs[f"{name}.V"] = U.to(weight.dtype).cpu(), V.to(weight.dtype).cpu()
         errors[name] = spectrum.error(ranks[name])
         del spectrum, U, V
-    tensors = {f"{step.name}.{n}": p for n, p in step.block.state_dict().items() if f"{step.name}.{n.removesuffix('.weight')}" not in {*ranks, *(bits or {})}}
+    tensors = {f"{step.name}.{n}": p for n, p in step.block.state_dict().items() if f"{step.name}.{n.removesuffix('.weight')}" not in {*ranks, *bits}}
     tensors = {n: t.detach().contiguous().cpu() for n, t in tensors.items()}
     for found in gather_object([(pairs, sigmas, errors)]):
         for own, theirs in zip((tensors, sigmas, errors), found): own |= theirs

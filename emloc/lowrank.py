@@ -45,7 +45,7 @@ class LowRankLinear(nn.Module):
     def forward(self, x): return F.linear(F.linear(x, self.V), self.U, self.bias)
     def extra_repr(self): return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, bias={self.bias is not None}"
 
-# %% ../nbs/04_lowrank.ipynb #103ebb2d
+# %% ../nbs/04_lowrank.ipynb #047cd7c8
 class EmulatorConfig(QuantizationConfigMixin):
     "What config.json says of an emulator: ranks or bits by module name, and the model that it emulates."
     def __init__(self, ranks=None, base_model=None, base_fingerprint=None, ratio=None, metric="activation", bits=None, **kwargs):
@@ -91,11 +91,7 @@ def put_pairs(
     ranks: dict, # {module name: rank}
 ):
     "Replace the named linears by empty pairs of the given ranks."
-    for name, rank in ranks.items():
-        linear = model.get_submodule(name)
-        out, in_ = dense_weight(linear).shape
-        pair = LowRankLinear(in_, out, rank, linear.bias is not None, linear.weight.device, linear.weight.dtype)
-        model.set_submodule(name, pair)
+    put_emulated(model, EmulatorConfig(ranks))
 
 def chosen(
     choice: dict, # {module name: rank, a whole number, or bits, a float}
@@ -108,11 +104,11 @@ def put_emulated(
     config: EmulatorConfig,
 ):
     "Replace the linears that an emulator has in another form, by empty ones of that form."
-    put_pairs(model, config.ranks)
-    for name, bits in config.bits.items():
+    for name, size in (config.ranks | config.bits).items():
         linear = model.get_submodule(name)
         out, in_ = dense_weight(linear).shape
-        model.set_submodule(name, QuantizedLinear(in_, out, layout((out, in_), bits), linear.bias is not None, linear.weight.device, linear.weight.dtype))
+        kind, size = (LowRankLinear, size) if name in config.ranks else (QuantizedLinear, layout((out, in_), size))
+        model.set_submodule(name, kind(in_, out, size, linear.bias is not None, linear.weight.device, linear.weight.dtype))
 
 # %% ../nbs/04_lowrank.ipynb #a8546696
 def emulator_config(

@@ -120,7 +120,7 @@ def layout(
 
 def order_dtype(columns: int) -> torch.dtype: return torch.int16 if columns <= 2 ** 15 else torch.int32 # of column numbers
 
-# %% ../nbs/03a_packed.ipynb #32530c21
+# %% ../nbs/03a_packed.ipynb #a321fd29
 class _Multiply(torch.autograd.Function):
     "x Wᵀ + b; the weight is made again for the gradient of x."
     @staticmethod
@@ -131,7 +131,8 @@ class _Multiply(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return (grad @ ctx.layer.columns(grad.dtype)).index_select(-1, ctx.layer.order.long().argsort()), None
+        sorted_grad = grad @ ctx.layer.columns(grad.dtype)
+        return torch.empty_like(sorted_grad).index_copy_(-1, ctx.layer.order.long(), sorted_grad), None
 
 class QuantizedLinear(nn.Module):
     "A linear layer of packed columns, the loud ones finer than the rest."

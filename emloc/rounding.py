@@ -13,15 +13,14 @@ from .packed import GROUP, QuantizedLinear, as_stored, gaussian_levels, layout
 from .spectrum import Gram, power_of_two
 
 # %% auto #0
-__all__ = ['BLOCK', 'nearest', 'best_scales', 'carry_matrix', 'round_block', 'round_columns', 'quantize']
+__all__ = ['nearest', 'best_scales', 'carry_matrix', 'round_group', 'round_columns', 'quantize']
 
-# %% ../nbs/11a_rounding.ipynb #ae357f8e
+# %% ../nbs/11a_rounding.ipynb #20ca4da0
 def nearest(
-    x: torch.Tensor, # (…, columns) in units of their scales
-    levels: int,
+    x: torch.Tensor, # in units of its scales
+    book: torch.Tensor, # (levels,), ascending
 ) -> tuple: # (numbers, the levels that they stand for)
     "To the nearest level."
-    book = gaussian_levels(levels).to(x)
     numbers = torch.bucketize(x.contiguous(), (book[1:] + book[:-1]) / 2)
     return numbers, book[numbers]
 
@@ -31,18 +30,17 @@ def best_scales(
 ) -> tuple: # (scales (out, groups), unit)
     "A scale for every group of neighbours, as it will be stored."
     groups = F.pad(weight, (0, -weight.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
+    books = [gaussian_levels(levels).to(weight) for _, levels in parts]
     size, best, least = groups.square().mean(2).sqrt().clamp_min(1e-30), None, None
     for multiple in (0.8, 0.95, 1.1, 1.3):
         x = (weight / (multiple * size).repeat_interleave(GROUP, 1)[:, :weight.shape[1]]).split([columns for columns, _ in parts], 1)
-        off = torch.cat([nearest(own, levels)[1] - own for own, (_, levels) in zip(x, parts)], 1) * multiple
+        off = torch.cat([nearest(own, book)[1] - own for own, book in zip(x, books)], 1) * multiple
         error = F.pad(off, (0, -weight.shape[1] % GROUP)).unflatten(1, (-1, GROUP)).square().sum(2)
         best = multiple * size if best is None else torch.where(error < least, multiple * size, best)
         least = error if least is None else torch.minimum(error, least)
     return as_stored(best)
 
-# %% ../nbs/11a_rounding.ipynb #d00e55dc
-BLOCK = 64 # columns whose errors are carried on one by one; to all later ones they go in one product
-
+# %% ../nbs/11a_rounding.ipynb #0a563c1e
 def carry_matrix(
     matrix: torch.Tensor, # G (n, n), damped
 ) -> torch.Tensor: # U (n, n), upper triangular, G⁻¹ = Uᵀ U
@@ -52,17 +50,17 @@ def carry_matrix(
         except torch.linalg.LinAlgError: pass
     raise EmlocError("the Gram matrix of its inputs is not positive, not even damped; try other calibration rows")
 
-def round_block(
+def round_group(
     columns: torch.Tensor, # (columns, out), changed in place
-    scales: torch.Tensor, # (columns, out)
-    levels: list, # of each column
+    scale: torch.Tensor, # (out,), that they share
+    books: list, # the levels of each column
     carry: torch.Tensor, # (columns, columns)
 ) -> tuple: # (numbers (columns, out), errors (columns, out) to carry on)
-    "Neighbouring columns, one after the other."
+    "The columns of a group, one after the other."
     numbers, errors = torch.empty(columns.shape, dtype=torch.int16, device=columns.device), torch.empty_like(columns)
-    for j, own in enumerate(levels):
-        numbers[j], value = nearest(columns[j] / scales[j], own)
-        errors[j] = (columns[j] - value * scales[j]) / carry[j, j]
+    for j, book in enumerate(books):
+        numbers[j], value = nearest(columns[j] / scale, book)
+        errors[j] = (columns[j] - value * scale) / carry[j, j]
         columns[j + 1:].addr_(carry[j, j + 1:], errors[j], alpha=-1)
     return numbers, errors
 
@@ -72,11 +70,11 @@ def round_columns(
     parts: list, # [(columns, levels)]
     carry: torch.Tensor, # (in, in), of `carry_matrix`
 ) -> torch.Tensor: # (out, in), numbers
-    "Every column to its nearest level, its error carried on to those after it."
-    numbers, levels, n, by_group = [], [k for count, k in parts for _ in range(count)], len(columns), scales.T.contiguous()
-    for start in range(0, n, BLOCK):
-        own = slice(start, min(start + BLOCK, n))
-        found, errors = round_block(columns[own], by_group[torch.arange(own.start, own.stop, device=scales.device) // GROUP], levels[own], carry[own, own])
+    "Every column to its nearest level, its error carried on to those after it: within a group at once, to all later groups in one product."
+    numbers, books = [], [book for count, levels in parts for book in [gaussian_levels(levels).to(columns)] * count]
+    for index, scale in enumerate(scales.T.contiguous()):
+        own = slice(index * GROUP, (index + 1) * GROUP)
+        found, errors = round_group(columns[own], scale, books[own], carry[own, own])
         numbers.append(found)
         columns[own.stop:] -= carry[own, own.stop:].T @ errors
     return torch.cat(numbers).T

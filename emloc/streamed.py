@@ -119,7 +119,7 @@ def on_paper(
     keep = lambda *_: {k: t for k, t in batch.items() if k == "logits_to_keep"}
     with mock.patch("emloc.walk.keep_last", keep), mock.patch("emloc.backward.keep_last", keep), mock.patch("emloc.walk.empty", empty): yield
 
-# %% ../nbs/39a_streamed.ipynb #129c9044
+# %% ../nbs/39a_streamed.ipynb #a3cc38ec
 @contextmanager
 def forks(
     decide, # function (what, name of the weight, own) -> bool; own() says what the numbers say
@@ -143,8 +143,8 @@ def forks(
     with mock.patch.multiple("emloc.emulator", decompose=named(decompose), decompose_fisher=named(decompose_fisher)), \
          mock.patch.multiple("emloc.spectrum", krylov=tried, lost=lossy), mock.patch("torch.linalg.cholesky_ex", root): yield
 
-def rounded_at_once(weight, scales, levels, carry): # what `round_block` gives; its thousands of small steps hold nothing of size
-    return weight.new_empty(weight.shape, dtype=torch.int16), torch.empty_like(weight)
+def rounded_at_once(columns, scale, books, carry): # what `round_group` gives; its thousands of small steps hold nothing of size
+    return columns.new_empty(columns.shape, dtype=torch.int16), torch.empty_like(columns)
 
 def kind(name: str) -> str: return re.sub(r"\d+", "", name) # of a weight, the same in every block
 
@@ -158,7 +158,7 @@ def taken_forks(): # gives a set of (what, name of the weight), which fills
         return more
     with forks(decide): yield found
 
-# %% ../nbs/39a_streamed.ipynb #a2277c23
+# %% ../nbs/39a_streamed.ipynb #c8b8f5d7
 def building_peaks(
     model: nn.Module, # a skeleton with one block in its main list, or for fisher two; changed in place
     choice: dict, # {module: rank, or bits as a float}
@@ -183,7 +183,7 @@ def building_peaks(
     nothing = lambda *_, **__: None
     with pretend(ledger), forks(decide):
         batch = fake_batch(model, batch_size, seq_len, completion)
-        with on_paper(batch, model), mock.patch("emloc.rounding.round_block", rounded_at_once), mock.patch.multiple("emloc.emulator", load_file=lambda _: {f"0.{i}": h for i, h in enumerate(walk.waiting())}, save_file=nothing, loss_gradient=waiting_gradients(ledger)):
+        with on_paper(batch, model), mock.patch("emloc.rounding.round_group", rounded_at_once), mock.patch.multiple("emloc.emulator", load_file=lambda _: {f"0.{i}": h for i, h in enumerate(walk.waiting())}, save_file=nothing, loss_gradient=waiting_gradients(ledger)):
             walk = PaperWalk(model, ledger, batch)
             run = SimpleNamespace(done={}, counted=lambda label, left, total: left, file=lambda *_: SimpleNamespace(unlink=nothing), mark=nothing)
             if metric == "fisher":
