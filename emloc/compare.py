@@ -150,6 +150,11 @@ class Comparison:
                 rows.append({"name": method.name, "seed": seed, "rate": rate} | {k: score[k] for k in ("accuracy", "nll")} | {f"{k}_share": share(score[k], untouched[k], best[k]) for k in ("accuracy", "nll")})
         return rows
 
+    def tried(self, method: Method, seed: int, rate: float, validation: bool = False) -> dict: # accuracy, nll
+        "The score of a method; where it is known, nothing is trained again."
+        known = self.known["scores"].get(self.key(self.folders(method, seed, rate)[-1], validation))
+        return known or self.score(self.adapter(method, seed, rate), validation)
+
     def run(self, methods: list) -> dict: # what compare.json holds
         "Every method with every seed, the reference first."
         self.begin()
@@ -157,8 +162,8 @@ class Comparison:
         for seed in self.setting.seeds:
             for method in with_reference(methods):
                 if self.rate(method) is None:
-                    for rate in self.setting.rates: self.score(self.adapter(method, self.setting.seeds[0], rate), True)
-                score = self.score(self.adapter(method, seed, self.rate(method)))
+                    for rate in self.setting.rates: self.tried(method, self.setting.seeds[0], rate, True)
+                score = self.tried(method, seed, self.rate(method))
                 self.say(f"{self.task.name}, seed {seed}, {method.name}: NLL {score['nll']:.3f}" + (f", accuracy {score['accuracy']:.3f}" if score["accuracy"] is not None else ""))
             self.known["rows"] = self.rows(methods)
             self.known["markdown"] = comparison_table(self.known["rows"], self.score(None))

@@ -14,10 +14,10 @@ import matplotlib.pyplot as plt
 import torch
 from matplotlib.figure import Figure
 from peft.tuners.lora.layer import LoraLayer
-from transformers import AutoModelForCausalLM
 
 from .adapter import PREFIX
 from .anchor import Anchors, compute_anchors
+from .arithmetic import has_units, load_whole
 from .data import EmlocError, collator, encode_rows, load_tokenizer
 from .lowrank import load_emulator
 from .model import find_model
@@ -42,7 +42,7 @@ def lora_gradients(
     for start in range(0, len(rows), batch_size):
         numbers = list(range(start, min(start + batch_size, len(rows))))
         batch = {k: v.to(kind) for k, v in collate([rows[n] for n in numbers]).items()}
-        with anchors.batch(numbers, batch["input_ids"].shape[1]) if anchors else nullcontext(), torch.autocast(kind.type, dtype=torch.bfloat16):
+        with anchors.batch(numbers, batch["input_ids"].shape[1]) if anchors else nullcontext(), torch.autocast(kind.type, dtype=torch.bfloat16, enabled=has_units(torch.bfloat16, kind.type)):
             logits = model(**{k: v for k, v in batch.items() if k != "labels"}, **keep_last(model, batch["labels"])).logits
         losses, tokens = completion_losses(logits, batch["labels"])
         (losses / tokens.clamp_min(1)).sum().div(len(rows)).backward()
@@ -74,7 +74,7 @@ def compare_gradients(
     if not len(rows): raise EmlocError("no rows to take a gradient on; give at least one, better fifty")
     encoded = encode_rows(rows, tokenizer, max_length)
     put = (lambda m: load_adapter(m, adapter, trainable=True)) if adapter else wrap
-    small, whole = put(load_emulator(emulator)), put(AutoModelForCausalLM.from_pretrained(path, dtype="auto"))
+    small, whole = put(load_emulator(emulator)), put(load_whole(path))
     pairs = live_pairs(small)
     for name, module in whole.named_modules():
         if isinstance(module, LoraLayer):

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import torch
 from tqdm.auto import tqdm
-from transformers import AutoModelForCausalLM
 
 from .adapter import read_adapter
 from .correct import Pieces
+from .arithmetic import load_whole
 from .data import EmlocError, Task, brief, collator, encode_row, load_tokenizer
 from .lowrank import is_emulator, load_emulator
 from .pairlora import load_adapter
@@ -103,7 +103,7 @@ def open_model(
     if isinstance(model, torch.nn.Module): loaded, path = model, model.config._name_or_path
     else:
         path = find_model(model)
-        try: loaded = load_emulator(path) if is_emulator(path) else AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+        try: loaded = load_emulator(path) if is_emulator(path) else load_whole(path)
         except (KeyError, RuntimeError, OSError, ValueError) as error:
             if isinstance(error, EmlocError): raise
             raise EmlocError(f"model {path}: transformers cannot load it: {brief(error)}") from error

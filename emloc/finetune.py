@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer
-from transformers import AutoModelForCausalLM, PrinterCallback, Trainer, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainingArguments
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from .adapter import PREFIX, read_adapter, write_adapter
 from .anchor import Anchors
+from .arithmetic import has_units, load_whole
 from .data import EmlocError, collator, encode_rows, load_tokenizer, rows_hash
 from .lowrank import emulator_config, load_emulator
 from .model import Checkpoint, find_model
@@ -39,10 +40,10 @@ def training_args(
     batch_size: int = 8, # rows
     **more, # any other option of transformers.TrainingArguments
 ) -> TrainingArguments:
-    "TrainingArguments with emloc's defaults: bfloat16 autocast, linear decay, no reports, a checkpoint to restart from every 50 steps."
+    "TrainingArguments with emloc's defaults: bfloat16 autocast where the machine has instructions for it, linear decay, no reports, a checkpoint to restart from every 50 steps."
     defaults = dict(output_dir=str(out), max_steps=steps, learning_rate=lr, per_device_train_batch_size=batch_size, warmup_steps=min(10, steps // 10),
                     lr_scheduler_type="linear", logging_steps=10, save_steps=50, save_total_limit=2, report_to="none",
-                    bf16=not torch.cuda.is_available() or torch.cuda.is_bf16_supported(), use_cpu=not torch.cuda.is_available(),
+                    bf16=torch.cuda.is_bf16_supported() if torch.cuda.is_available() else has_units(torch.bfloat16), use_cpu=not torch.cuda.is_available(),
                     dataloader_pin_memory=False, remove_unused_columns=False, ddp_find_unused_parameters=False,
                     logging_nan_inf_filter=False) # the filter would wait for the GPU at every step
     return TrainingArguments(**defaults | more)
@@ -190,7 +191,7 @@ def train_on_model(
     "Ordinary LoRA training, with the whole model in memory."
     path = find_model(model)
     torch.manual_seed(args.seed)
-    lora = wrap(AutoModelForCausalLM.from_pretrained(path, dtype="auto"))
+    lora = wrap(load_whole(path))
     train_lora(lora, train, args, tokenizer=load_tokenizer(path))
     with new_directory(out) as folder: lora.save_pretrained(folder)
     return Path(out)

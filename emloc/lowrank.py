@@ -9,12 +9,12 @@ import json
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.quantizers import HfQuantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from .arithmetic import product, quicken
 from .data import EmlocError
 from .model import Checkpoint, dense_weight, model_class
 from .packed import QuantizedLinear, layout, restored
@@ -42,7 +42,7 @@ class LowRankLinear(nn.Module):
         self.V = nn.Parameter(torch.empty(rank, in_features, **kwargs))
         self.bias = nn.Parameter(torch.empty(out_features, **kwargs)) if bias else None
 
-    def forward(self, x): return F.linear(F.linear(x, self.V), self.U, self.bias)
+    def forward(self, x): return product(product(x, self.V), self.U, self.bias)
     def extra_repr(self): return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, bias={self.bias is not None}"
 
 # %% ../nbs/04_lowrank.ipynb #047cd7c8
@@ -153,7 +153,7 @@ def load_emulator(
     model, info = model_class(checkpoint.config).from_pretrained(path, **{"dtype": "auto"} | kwargs, output_loading_info=True)
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     if wrong: raise EmlocError(f"emulator {path}: {wrong[0]} in its files does not fit the model; build it again")
-    return model
+    return quicken(model)
 
 def emulator_weight(
     checkpoint: Checkpoint, # of an emulator

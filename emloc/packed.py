@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .arithmetic import working_dtype
 from .data import EmlocError
 
 # %% auto #0
@@ -126,12 +127,14 @@ class _Multiply(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer = layer
-        bias = None if layer.bias is None else layer.bias.to(x.dtype)
-        return F.linear(x.index_select(-1, layer.order.int()), layer.columns(x.dtype), bias)
+        wide = working_dtype(x)
+        bias = None if layer.bias is None else layer.bias.to(wide)
+        return F.linear(x.index_select(-1, layer.order.int()).to(wide), layer.columns(wide), bias).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
-        sorted_grad = grad @ ctx.layer.columns(grad.dtype)
+        wide = working_dtype(grad)
+        sorted_grad = (grad.to(wide) @ ctx.layer.columns(wide)).to(grad.dtype)
         return torch.empty_like(sorted_grad).index_copy_(-1, ctx.layer.order.long(), sorted_grad), None
 
 class QuantizedLinear(nn.Module):

@@ -16,6 +16,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from .adapter import PREFIX, check_lora, check_shapes, read_adapter, resolve_targets
+from .arithmetic import working_dtype
 from .data import EmlocError
 from .lowrank import EMULATED, LowRankLinear
 from .model import block_linears, dense_weight, linear_shapes
@@ -29,21 +30,22 @@ class PairWithLora(torch.autograd.Function):
     "y = (x [V;A]ᵀ) [U, sB]ᵀ + b, with gradients for x, A and B."
     @staticmethod
     def forward(ctx, x, U, V, bias, A, B, scaling):
-        rows, rank = x.reshape(-1, x.shape[-1]), len(V)
-        hidden = rows @ torch.cat([V.to(x.dtype), A.to(x.dtype)]).T
-        ctx.save_for_backward(rows, hidden[:, rank:].clone(), U, V, A, B)
+        rows, rank, wide = x.reshape(-1, x.shape[-1]), len(V), working_dtype(x)
+        hidden = rows.to(wide) @ torch.cat([V.to(wide), A.to(wide)]).T
+        ctx.save_for_backward(rows, hidden[:, rank:].to(x.dtype, copy=True), U, V, A, B)
         ctx.scaling, ctx.shape = scaling, x.shape
-        outer = torch.cat([U.to(x.dtype), (scaling * B).to(x.dtype)], 1)
-        return F.linear(hidden, outer, None if bias is None else bias.to(x.dtype)).view(*x.shape[:-1], -1)
+        outer = torch.cat([U.to(wide), (scaling * B).to(wide)], 1)
+        return F.linear(hidden, outer, None if bias is None else bias.to(wide)).to(x.dtype).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad):
         rows, thin, U, V, A, B = ctx.saved_tensors
-        grad = grad.reshape(-1, grad.shape[-1])
-        down = grad @ torch.cat([U.to(grad.dtype), (ctx.scaling * B).to(grad.dtype)], 1)
-        to_x = (down @ torch.cat([V.to(grad.dtype), A.to(grad.dtype)])).view(ctx.shape) if ctx.needs_input_grad[0] else None
-        to_A = (down[:, len(V):].T @ rows).to(A.dtype) if ctx.needs_input_grad[4] else None
-        to_B = (ctx.scaling * (grad.T @ thin)).to(B.dtype) if ctx.needs_input_grad[5] else None
+        kind, wide = grad.dtype, working_dtype(grad)
+        grad = grad.reshape(-1, grad.shape[-1]).to(wide)
+        down = grad @ torch.cat([U.to(wide), (ctx.scaling * B).to(wide)], 1)
+        to_x = (down @ torch.cat([V.to(wide), A.to(wide)])).to(kind).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        to_A = (down[:, len(V):].T @ rows.to(wide)).to(A.dtype) if ctx.needs_input_grad[4] else None
+        to_B = (ctx.scaling * (grad.T @ thin.to(wide))).to(B.dtype) if ctx.needs_input_grad[5] else None
         return to_x, None, None, None, to_A, to_B, None
 
 def pair_with_lora(

@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from .arithmetic import any_machine
 from .data import EmlocError, brief
 from .pairlora import wrap
 from .model import block_names
@@ -95,7 +96,7 @@ def pretend(
     "Everything under this `with` is fake and counted. Raises `EmlocError` for a program that cannot run without numbers."
     # transformers asks less of fake tensors than of real ones; here they should be treated as real
     with mock.patch("transformers.utils.import_utils.is_fake_tensor", lambda x: False, create=True), warnings.catch_warnings(action="ignore"), \
-         FakeTensorMode(allow_non_fake_inputs=True), ledger:
+         any_machine(), FakeTensorMode(allow_non_fake_inputs=True), ledger:
         try: yield ledger
         except EmlocError: raise
         except Exception as error: raise EmlocError(f"this model cannot be simulated without its weights: {brief(error)}; measure it on real rows instead") from error

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from .arithmetic import quicken
 from .data import EmlocError, collator, encode_rows, load_tokenizer
 from .model import Checkpoint, block_names, empty, fill, linears, skeleton
 
@@ -117,7 +118,7 @@ class Walk:
         model, # a skeleton
     ):
         "Find the blocks, and read what is outside them."
-        self.model = model.requires_grad_(False) # a walk trains none of it
+        self.model = quicken(model.requires_grad_(False)) # a walk trains none of it
         self.names = block_names(self.model)
         self.blocks = [self.model.get_submodule(n) for n in self.names]
         # a head of its own is only needed after the last block, and stage 1 never gets there
