@@ -43,7 +43,7 @@ def working_dtype(
     return x.dtype if _any_machine or has_units(x.dtype, x.device.type) else torch.float32
 
 # %% ../nbs/01a_arithmetic.ipynb #08261b61
-PIECE = 2 ** 22 # numbers of a weight that are in float32 at the same time
+PIECE = 2 ** 20 # numbers of a weight that are in float32 at the same time
 
 def pieces(
     weight: torch.Tensor, # (out, in)
