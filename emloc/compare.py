@@ -43,9 +43,13 @@ class Method:
     gently: float = 1.0 # their learning rate, relative to that of the training
     form: str = "lowrank" # of the emulator
     ratio: float | None = None # of the emulator; None: the setting's
+    stored: str = "bfloat16" # how anchors are stored
 
     def kind(self) -> str: # of the emulator, in the names of folders
         return ("quantized" if self.form == "quantized" else self.metric or "model") + (f"-{self.ratio:g}" if self.ratio else "")
+
+    def spacing(self) -> str: # of the anchors, in the names of folders
+        return f"{self.every}" + (f"-{self.stored}" if self.stored != "bfloat16" else "")
 
 METHODS = [Method("LoRA on the model"), Method("EMLoC", "activation"), Method("EMLoC, corrected", "activation", mode="auto"),
            Method("Fisher metric, anchors in rounds", "fisher", 1, 25), Method("Fisher metric, rounds, 10 exact steps", "fisher", 1, 25, polish=10),
@@ -102,11 +106,11 @@ class Comparison:
 
     def anchors(self, method: Method):
         if not method.every: return None
-        if method.again: return Rounds(self.setting.model, method.again, every=method.every)
-        return self.made(f"anchors-{method.kind()}-{method.every}", lambda path: compute_anchors(self.emulator(method), self.setting.model, self.train, path, every=method.every))
+        if method.again: return Rounds(self.setting.model, method.again, every=method.every, stored=method.stored)
+        return self.made(f"anchors-{method.kind()}-{method.spacing()}", lambda path: compute_anchors(self.emulator(method), self.setting.model, self.train, path, every=method.every, stored=method.stored))
 
     def folders(self, method: Method, seed: int, rate: float) -> list: # names: as it was trained, for the model, polished
-        raw = f"{seed}/raw-{method.kind()}-{method.every}-{method.again}-{rate:g}"
+        raw = f"{seed}/raw-{method.kind()}-{method.spacing()}-{method.again}-{rate:g}"
         if not method.metric: return [raw]
         exact = f"-{method.polish}" + (f"-{method.gently:g}" if method.gently != 1 else "")
         return [raw, f"{raw}-{method.mode}", *([f"{raw}-{method.mode}{exact}"] if method.polish else [])]
