@@ -90,13 +90,14 @@ def compute_anchors(
     stored: str = "bfloat16", # or float32, or int8
     lora: dict | None = None, # {module: (A, B, scaling)}, float32 on the CPU: where the emulator should be exact; by default without a LoRA
     resume: bool = True, # go on with an unfinished run of the same settings
+    lent=None, # a model in memory with the same weights outside the blocks, for both walks
     **walk_options, # for both walks: batch_size (rows), max_length (tokens), device
 ) -> Path: # the directory of anchors
     "Store r = h − E(h) for the rows. Raises `EmlocError` when the emulator is another model's, or the disk too small."
     check_out(out)
     checkpoint = Checkpoint(find_model(model))
-    source, whole = check_base(emulator, checkpoint, model), Walk(checkpoint, rows, **walk_options)
-    small = emulator_walk(emulator, whole.rows, **walk_options)
+    source, whole = check_base(emulator, checkpoint, model), Walk(checkpoint, rows, lent=lent, **walk_options)
+    small = emulator_walk(emulator, whole.rows, lent=whole.model, **walk_options)
     blocks, hidden = anchored_blocks(len(whole), every), whole.model.get_input_embeddings().weight.shape[1]
     settings = {"emulator": small.checkpoint.fingerprint(), "rows": rows_hash(whole.rows), "every": every, "stored": stored, "batch_size": whole.batch_size, "lora": pairs_hash(lora)}
     needed, run = anchor_bytes(whole.tokens(), hidden, len(blocks), stored), Run(out, settings, resume=resume)

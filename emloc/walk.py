@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from .arithmetic import quicken
 from .data import EmlocError, collator, encode_rows, load_tokenizer
-from .model import Checkpoint, block_names, empty, fill, linears, skeleton
+from .model import Checkpoint, block_names, borrow, empty, fill, linears, skeleton
 
 # %% auto #0
 __all__ = ['LOGITS', 'stand_ins', 'hidden_of', 'with_hidden', 'make_batches', 'bare', 'keep_last', 'completion_losses', 'Walk',
@@ -105,17 +105,19 @@ class Walk:
         variants: int = 1, # how many hidden states are kept for each batch
         model=None, # a skeleton to walk, where it is not the one of the checkpoint's config alone
         share: tuple = (0, 1), # (number, of how many): which of the processes this is, each of which takes its part of the batches
+        lent=None, # a model in memory that has the same weights outside the blocks: they are used and not read again
     ):
         self.checkpoint = path if isinstance(path, Checkpoint) else Checkpoint(path)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         tokenizer = load_tokenizer(self.checkpoint.path)
         self.tokenizer, self.share = tokenizer, share
         self.set_rows(encode_rows(rows, tokenizer, max_length), batch_size, variants)
-        self.begin(skeleton(self.checkpoint) if model is None else model)
+        self.begin(skeleton(self.checkpoint) if model is None else model, lent)
 
     def begin(
         self,
         model, # a skeleton
+        lent=None, # as above
     ):
         "Find the blocks, and read what is outside them."
         self.model = quicken(model.requires_grad_(False)) # a walk trains none of it
@@ -125,6 +127,9 @@ class Walk:
         head = self.model.get_output_embeddings()
         self.heads = [n for n, m in self.model.named_modules() if m is head and m.weight is not self.model.get_input_embeddings().weight]
         self.late = list(self.heads)
+        if lent is not None:
+            borrow(self.model, lent, self.device, skip=[*self.names, *self.late])
+            self.model.tie_weights()
         fill(self.model, self.checkpoint, skip=[*self.names, *self.late], device=self.device)
         self.model.tie_weights()
         self.start, self.tuples, self.mask = 0, {}, None

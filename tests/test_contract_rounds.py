@@ -93,3 +93,16 @@ def test_rounds_of_another_model_or_of_no_steps_are_refused(llama_stages, other_
     with pytest.raises(EmlocError, match="another model"): trained(llama_stages, task, tmp_path / "raw", Rounds(other_model))
     with pytest.raises(EmlocError, match="every 9"): trained(llama_stages, task, tmp_path / "raw", Rounds(llama_stages.model, every=9))
     assert not (tmp_path / "raw").exists()
+
+
+def test_rounds_hold_no_second_copy_of_the_embedding(llama_stages, task, tmp_path, monkeypatch):
+    from emloc import anchor, walk
+    seen = []
+    class Watching(walk.Walk):
+        def begin(self, model, lent=None):
+            super().begin(model, lent)
+            seen.append(self.model.get_input_embeddings().weight.data_ptr())
+    monkeypatch.setattr(anchor, "Walk", Watching)
+    rounds = Watched(llama_stages.model, 3)
+    trained(llama_stages, task, tmp_path / "raw", rounds)
+    assert len(seen) == 6 and set(seen) == {rounds.peft.get_input_embeddings().weight.data_ptr()} # three rounds, two walks

@@ -166,3 +166,19 @@ def test_no_rows_are_refused(llama, rows):
 
 def test_a_batch_without_completions_keeps_all_logits(llama):
     assert keep_last(tiny.load(llama), torch.full((2, 5), -100)) == {}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_weights_outside_the_blocks_can_be_lent(tmp_path, task, family):
+    path = tiny.save_model(family, tmp_path / "model")
+    def walked(lent):
+        walk = Walk(path, task.train.select(range(6)), lent=lent)
+        for step in walk: step.run()
+        return walk, [logits for _, logits in walk.outputs()]
+    (own, expected), resident = walked(None), tiny.load(path)
+    walk, found = walked(resident)
+    assert walk.model.get_input_embeddings().weight.data_ptr() == resident.get_input_embeddings().weight.data_ptr() != own.model.get_input_embeddings().weight.data_ptr()
+    assert all(p.device.type == "meta" for name in walk.names for p in walk.model.get_submodule(name).parameters())
+    assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+    # what does not fit is read
+    assert walked(tiny.load(path, dtype=torch.bfloat16))[0].model.get_input_embeddings().weight.dtype == torch.float32
