@@ -77,11 +77,12 @@ def growth(bench: Bench, base):
         bench.drop(name)
 
 
-def compare_training(bench: Bench, title: str, name: str, model, emulator, adapter: str):
+def compare_training(bench: Bench, title: str, name: str, model, emulator, adapter: str, what: str = "training the emulator", **job):
     "Training of the emulator against inference of the whole model, at the same batch and length."
     length = bench.sizes["train_length"]
-    whole = bench.measure(f"{title}: inference of the whole model", f"infer-{name}", None, job="infer", model=str(model), length=length)
-    found = bench.measure(f"{title}: training the emulator", f"train-{name}", whole.get("peak_bytes"), job="train", emulator=str(emulator), out=adapter, length=length)
+    whole = next((row["measured"] for row in bench.rows if row["stage"] == f"{title}: inference of the whole model"), None)
+    if not whole: whole = bench.measure(f"{title}: inference of the whole model", f"infer-{name}", None, job="infer", model=str(model), length=length)
+    found = bench.measure(f"{title}: {what}", f"train-{name}", whole.get("peak_bytes"), **{"job": "train"} | job, emulator=str(emulator), out=adapter, length=length)
     if "peak_bytes" in found and "peak_bytes" in whole: bench.rows[-1]["ratio"] = found["peak_bytes"] / whole["peak_bytes"]
     if "ratio" in bench.rows[-1]:
         bench.rows[-1]["note"] = f"ratio {bench.rows[-1]['ratio']:.2f}; with the libraries {(found['peak_bytes'] + found['base_bytes']) / (whole['peak_bytes'] + whole['base_bytes']):.2f}"
@@ -93,6 +94,12 @@ def embedded(bench: Bench, base):
     out = bench.measure("embedded model: stage 1", "embedded", GIB, job="emulate", model=str(base), out="emulator-embedded", rows=bench.sizes["rows"], length=bench.sizes["length"])
     if "error" not in out: compare_training(bench, "embedded model", "embedded", base, bench.out / "emulator-embedded", "adapter-embedded")
     bench.drop("emulator-embedded", "adapter-embedded")
+    packed = bench.measure("embedded model: stage 1, quantized", "embedded-quantized", GIB, job="emulate", model=str(base), out="emulator-quantized", rows=bench.sizes["rows"], length=bench.sizes["length"], form="quantized")
+    if "error" not in packed:
+        emulator = bench.out / "emulator-quantized"
+        compare_training(bench, "embedded model", "embedded-quantized", base, emulator, "adapter-quantized", "training the quantized emulator")
+        compare_training(bench, "embedded model", "embedded-rounds", base, emulator, "adapter-rounds", "the same, and the anchors of a round of 25 steps", job="train_in_rounds")
+    bench.drop("emulator-quantized", "adapter-quantized", "adapter-rounds")
 
 
 def large(bench: Bench, base):

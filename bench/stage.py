@@ -25,7 +25,9 @@ import transformers.trainer
 from emloc.data import bbc_rows, encode_rows, load_tokenizer
 from emloc.evaluate import open_model, sequence_losses
 from emloc.finetune import lora_config, train_lora, training_args
+from emloc.lowrank import emulator_config
 from peft import get_peft_model
+from transformers import TrainerCallback
 
 
 def texts(
@@ -39,9 +41,9 @@ def texts(
     return full.select(long[skip:skip + rows])
 
 
-def emulate(model, out, *, rows=64, length=100, ratio=0.25, batch_size=16, metric="activation"):
+def emulate(model, out, *, rows=64, length=100, ratio=0.25, batch_size=16, metric="activation", form="lowrank"):
     "Stage 1."
-    emloc.build_emulator(model, texts(rows, length), out, ratio=ratio, metric=metric, max_length=length, batch_size=batch_size)
+    emloc.build_emulator(model, texts(rows, length), out, ratio=ratio, metric=metric, form=form, max_length=length, batch_size=batch_size)
 
 
 def anchor(emulator, model, out, *, rows=32, length=100, every=1, batch_size=16):
@@ -56,6 +58,18 @@ def arguments(out, steps, batch_size):
 def train(emulator, out, *, steps=2, length=128, batch_size=8):
     "Stage 2: LoRA, AdamW, gradient checkpointing."
     emloc.train_adapter(emulator, texts(steps * batch_size, length), out, args=arguments(out, steps, batch_size), max_length=length)
+
+
+def train_in_rounds(emulator, out, *, length=128, batch_size=8, again=25):
+    "Stage 2 as `emloc finetune` does it: after a step, when the optimizer's states are there, the anchors of a whole round."
+    model = emulator_config(emulator).base_model
+    rounds, rows = emloc.Rounds(model, again), encode_rows(texts(batch_size * again, length), load_tokenizer(model), length)
+    class Round(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            rounds.check(emulator, rows)
+            rounds.numbered(rows, arguments(out, again, batch_size))
+            with rounds.attached(model): rounds.begin(0)
+    emloc.train_adapter(emulator, rows, out, args=arguments(out, 1, batch_size), max_length=length, callbacks=[Round()])
 
 
 def train_whole(model, out, *, steps=2, length=128, batch_size=8):
@@ -87,7 +101,7 @@ def polish(adapter, model, out, *, steps=1, rows=16, length=100, batch_size=8):
     emloc.polish_adapter(adapter, model, texts(rows * steps, length), out, steps=steps, rows=rows, max_length=length, batch_size=batch_size)
 
 
-JOBS = {f.__name__: f for f in (emulate, anchor, train, train_whole, infer, correct, merge, polish)}
+JOBS = {f.__name__: f for f in (emulate, anchor, train, train_in_rounds, train_whole, infer, correct, merge, polish)}
 
 
 class Watch:
