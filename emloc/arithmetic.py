@@ -5,6 +5,7 @@
 # %% ../nbs/01a_arithmetic.ipynb #6cff8140
 from __future__ import annotations
 
+import threading
 from contextlib import contextmanager
 from functools import lru_cache, partial
 
@@ -15,7 +16,8 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 # %% auto #0
-__all__ = ['PIECE', 'has_units', 'any_machine', 'working_dtype', 'pieces', 'WideProduct', 'product', 'quicken', 'load_whole']
+__all__ = ['PIECE', 'has_units', 'any_machine', 'working_dtype', 'scratch', 'pieces', 'in_float32', 'WideProduct', 'product',
+           'quicken', 'load_whole']
 
 # %% ../nbs/01a_arithmetic.ipynb #435f1529
 @lru_cache
@@ -43,6 +45,21 @@ def working_dtype(
     return x.dtype if _any_machine or has_units(x.dtype, x.device.type) else torch.float32
 
 # %% ../nbs/01a_arithmetic.ipynb #08261b61
+_scratch = threading.local()
+
+def scratch(
+    shape: tuple,
+    dtype: torch.dtype,
+    device: torch.device,
+    use: str, # what for: two that are needed at the same time must not have the same
+) -> torch.Tensor: # of that shape, on a CPU in the same memory each time, until the next call for the same use
+    "Memory for what is only needed for a moment. GPUs have an allocator that does this by itself."
+    if device.type != "cpu" or _any_machine: return torch.empty(shape, dtype=dtype, device=device)
+    kept, size = vars(_scratch), torch.Size(shape).numel()
+    if (use, dtype) not in kept or len(kept[use, dtype]) < size:
+        with torch.inference_mode(False): kept[use, dtype] = torch.empty(size, dtype=dtype, device=device)
+    return kept[use, dtype][:size].view(shape)
+
 PIECE = 2 ** 20 # numbers of a weight that are in float32 at the same time
 
 def pieces(
@@ -52,18 +69,21 @@ def pieces(
     size = max(1, PIECE // weight.shape[1])
     return [slice(i, i + size) for i in range(0, len(weight), size)]
 
+def in_float32(weight: torch.Tensor) -> torch.Tensor: return scratch(weight.shape, torch.float32, weight.device, "weight").copy_(weight) # for a moment
+
 class WideProduct(torch.autograd.Function):
     "x Wᵀ in float32, with a gradient for x."
     @staticmethod
     def forward(ctx, x, weight):
         ctx.save_for_backward(weight)
         wide = x.float()
-        return torch.cat([F.linear(wide, weight[s].float()).to(x.dtype) for s in pieces(weight)], -1)
+        parts = [F.linear(wide, in_float32(weight[s])).to(x.dtype) for s in pieces(weight)]
+        return torch.cat(parts, -1) if len(parts) > 1 else parts[0]
 
     @staticmethod
     def backward(ctx, grad):
         weight, total = *ctx.saved_tensors, 0
-        for s in pieces(weight): total = total + grad[..., s].float() @ weight[s].float()
+        for s in pieces(weight): total = total + grad[..., s].float() @ in_float32(weight[s])
         return total.to(grad.dtype), None
 
 def product(

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .arithmetic import working_dtype
+from .arithmetic import scratch, working_dtype
 from .data import EmlocError
 
 # %% auto #0
@@ -80,10 +80,13 @@ class Packed(nn.Module):
 
     def forward(
         self,
-        dtype: torch.dtype = torch.float32,
-    ) -> torch.Tensor: # (rows, columns)
+        into: torch.Tensor, # (rows, columns), float
+    ) -> torch.Tensor: # the same
         "The levels."
-        return F.embedding(self.codes.int(), meanings(self.book.to(dtype))).flatten(1)[:, :self.columns]
+        table = meanings(self.book.detach().to(into.dtype))
+        codes = scratch((self.codes.numel(),), torch.int32, into.device, "codes").copy_(self.codes.flatten())
+        levels = torch.index_select(table, 0, codes, out=scratch((len(codes), table.shape[1]), into.dtype, into.device, "levels"))
+        return into.copy_(levels.view(self.rows, -1)[:, :self.columns])
 
     def extra_repr(self): return f"{self.rows}, {self.columns}, levels={self.levels}"
 
@@ -129,12 +132,12 @@ class _Multiply(torch.autograd.Function):
         ctx.layer = layer
         wide = working_dtype(x)
         bias = None if layer.bias is None else layer.bias.to(wide)
-        return F.linear(x.index_select(-1, layer.order.int()).to(wide), layer.columns(wide), bias).to(x.dtype)
+        return F.linear(x.index_select(-1, layer.order.int()).to(wide), layer.columns(wide, keep=False), bias).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         wide = working_dtype(grad)
-        sorted_grad = (grad.to(wide) @ ctx.layer.columns(wide)).to(grad.dtype)
+        sorted_grad = (grad.to(wide) @ ctx.layer.columns(wide, keep=False)).to(grad.dtype)
         return torch.empty_like(sorted_grad).index_copy_(-1, ctx.layer.order.long(), sorted_grad), None
 
 class QuantizedLinear(nn.Module):
@@ -174,19 +177,24 @@ class QuantizedLinear(nn.Module):
     def columns(
         self,
         dtype: torch.dtype = torch.float32,
+        keep: bool = True, # False: it is only needed until the next weight is asked for
     ) -> torch.Tensor: # (out, in), in the order in which they are stored
         "The weight with its columns sorted."
-        levels = self.coarse(dtype) if self.fine is None else torch.cat([self.fine(dtype), self.coarse(dtype)], 1)
+        shape, device, cut = (self.out_features, self.in_features), self.scales.device, self.in_features - self.coarse.columns
+        found = torch.empty(shape, dtype=dtype, device=device) if keep else scratch(shape, dtype, device, "weight")
+        if self.fine is not None: self.fine(found[:, :cut])
+        self.coarse(found[:, cut:])
         scales = self.scales.view(torch.float8_e4m3fn).to(dtype) * self.unit.to(dtype)
-        if self.in_features % GROUP: return levels * scales.repeat_interleave(GROUP, 1)[:, :self.in_features]
-        return (levels.unflatten(1, (-1, GROUP)) * scales[:, :, None]).flatten(1)
+        if self.in_features % GROUP: return found.mul_(scales.repeat_interleave(GROUP, 1)[:, :self.in_features])
+        found.unflatten(1, (-1, GROUP)).mul_(scales[:, :, None])
+        return found
 
     def dense(
         self,
         dtype: torch.dtype = torch.float32,
     ) -> torch.Tensor: # (out, in)
         "The weight that this layer stands for."
-        return self.columns(dtype).index_select(1, self.order.long().argsort())
+        return self.columns(dtype, keep=False).index_select(1, self.order.long().argsort())
 
     def forward(self, x):
         kind = x.device.type
