@@ -104,9 +104,9 @@ def benchmark_page(
 def method_page() -> str: # Markdown
     "The way of the data through the three stages, for wide and for narrow screens."
     picture = f"```{{=html}}\n<div class='wide-picture column-page-right'>{wide_picture()}</div><div class='narrow-picture'>{narrow_picture()}</div>\n```"
-    stages = ("1. **Emulator.** Every weight is replaced by the two low-rank factors that keep its outputs on a few rows of the task. One block is in memory at a time. [spectrum](10_spectrum.ipynb), [rank](11_rank.ipynb), [emulator](12_emulator.ipynb)",
-              "2. **Fine-tune.** Ordinary LoRA training, on the emulator. It needs no more memory than running the model does. [finetune](20_finetune.ipynb)",
-              "3. **Correct.** The LoRA learnt beside the factors; beside the weight it would see what they leave out, so it is changed for that. The result is an ordinary PEFT adapter of the model. [correct](30_correct.ipynb), [merge](31_merge.ipynb)")
+    stages = ("1. **Emulator.** Every weight is made smaller, so that its outputs on a few rows of the task stay as they are: whole in few bits, or as two low-rank factors. One block is in memory at a time. [spectrum](10_spectrum.ipynb), [rounding](11a_rounding.ipynb), [emulator](12_emulator.ipynb)",
+              "2. **Fine-tune.** Ordinary LoRA training, on the emulator. Anchors add back what it leaves out of the training rows; they are read from the model block by block, and made again as the LoRA moves. [finetune](20_finetune.ipynb), [anchor](13_anchor.ipynb), [rounds](15_rounds.ipynb)",
+              "3. **Correct.** The LoRA learnt beside the emulator's weights; beside the model's it would see what they leave out, so it is changed for that, if the anchors did not. A few exact steps can polish it. The result is an ordinary PEFT adapter of the model. [correct](30_correct.ipynb), [merge](31_merge.ipynb), [polish](32_polish.ipynb)")
     return f"---\ntitle: How it works\ntoc: false\n---\n\n{CAPTION}\n\n{picture}\n\n" + "\n".join(stages) + "\n"
 
 # %% ../nbs/69b_pages.ipynb #a6862fc3
