@@ -14,7 +14,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 # %% auto #0
-__all__ = ['png', 'axis_frame', 'frame', 'room_key', 'data_artists', 'overlap', 'sides', 'Easel', 'pixels_png']
+__all__ = ['png', 'axis_frame', 'frame', 'room_key', 'ground_key', 'data_artists', 'overlap', 'sides', 'layer', 'Easel',
+           'pixels_png']
 
 # %% ../nbs/59_easel.ipynb #3e62fea4
 def png(
@@ -53,6 +54,12 @@ def room_key(
     short = lambda axis: (axis[0], *axis[2:4], max(map(len, axis[6]), default=0), *axis[7:])
     return size, tuple((on, short(x), short(y)) for _, on, _, x, y in axes)
 
+def ground_key(
+    drawn: tuple, # of `frame`
+) -> tuple: # equal for two frames whose axes can be told apart only by their ticks
+    "A frame without its axes."
+    return (*drawn[:3], *(plot[:3] for plot in drawn[3:]))
+
 def data_artists(
     figure: Figure,
 ) -> list: # in the order in which they are drawn
@@ -77,13 +84,26 @@ def sides(
     "The room around the plots."
     return {side: getattr(figure.subplotpars, side) for side in ("left", "right", "bottom", "top", "wspace", "hspace")}
 
+def layer(
+    axis, # an x or y axis
+    canvas: FigureCanvasAgg,
+    ground, # region, of the canvas without it
+) -> tuple: # (mask (height, width), colours of the pixels in it)
+    "An axis as the pixels that it changes."
+    canvas.restore_region(ground)
+    pixels = np.asarray(canvas.buffer_rgba())
+    before = pixels.copy()
+    axis.draw(canvas.get_renderer())
+    mask = (pixels != before).any(2)
+    return mask, pixels[mask]
+
 class Easel:
     "Figures as PNG files, one after the other; where the frame stays, only the data are drawn."
     def __init__(
         self,
         dpi: int = 80,
     ):
-        self.dpi, self.frame, self.pixels, self.room, self.labels = dpi, None, None, {}, None
+        self.dpi, self.frame, self.pixels, self.room, self.rooms, self.layers = dpi, None, None, {}, {}, {}
 
     def png(
         self,
@@ -97,19 +117,35 @@ class Easel:
         canvas, layout = FigureCanvasAgg(figure), figure.get_layout_engine()
         at_first = sides(figure)
         if layout: figure.set_layout_engine("none"); figure.subplots_adjust(**self.room or at_first)
-        if self.frame is None or frame(figure) != self.frame: self.begin(figure, canvas, layout, at_first)
+        now = frame(figure)
+        if now != self.frame: self.begin(figure, canvas, layout, at_first, room_key(now))
         canvas.restore_region(self.pixels)
         for artist in data_artists(figure): figure.draw_artist(artist)
         return pixels_png(canvas, level)
 
-    def begin(self, figure, canvas, layout, at_first):
-        "Draw the frame and keep it."
-        labels = room_key(frame(figure))
-        if layout and labels != self.labels: figure.subplots_adjust(**at_first); layout.execute(figure)
-        self.room, self.labels = sides(figure), labels
-        for artist in data_artists(figure): artist.set_animated(True)
-        canvas.draw()
-        self.frame, self.pixels = frame(figure), canvas.copy_from_bbox(figure.bbox)
+    def begin(self, figure, canvas, layout, at_first, labels):
+        "Draw what is new of the frame, and keep it."
+        if layout and labels not in self.rooms:
+            figure.subplots_adjust(**at_first)
+            layout.execute(figure)
+            self.rooms[labels] = sides(figure)
+        self.room = self.rooms.get(labels) or at_first
+        figure.subplots_adjust(**self.room)
+        self.frame, renderer = frame(figure), canvas.get_renderer()
+        plots = [ax for ax in figure.axes if ax.axison and ax.get_visible()]
+        for ax in plots: ax.apply_aspect(ax.get_axes_locator()(ax, renderer) if ax.get_axes_locator() else None)
+        for patch in (figure.patch, *(ax.patch for ax in plots)): patch.draw(renderer)
+        ground, axes = canvas.copy_from_bbox(figure.bbox), {}
+        for n, ax in enumerate(plots):
+            for name in ("xaxis", "yaxis"): axes[n, name, axis_frame(getattr(ax, name)), ground_key(self.frame)] = getattr(ax, name)
+        self.layers = {key: self.layers.get(key) or layer(axis, canvas, ground) for key, axis in axes.items()}
+        canvas.restore_region(ground)
+        pixels, painted = np.asarray(canvas.buffer_rgba()), False
+        for axis, (mask, colours) in zip(axes.values(), self.layers.values()):
+            if np.any(painted & mask): axis.draw(renderer) # lines of a grid cross
+            else: pixels[mask] = colours
+            painted = painted | mask
+        self.pixels = canvas.copy_from_bbox(figure.bbox)
 
 def pixels_png(
     canvas: FigureCanvasAgg,

@@ -102,7 +102,7 @@ def check_same(
     "Raises `EmlocError` when an unfinished run was begun with other settings."
     settings = json.loads(json.dumps(settings))
     different = sorted(k for k in settings.keys() | found.keys() if found.get(k) != settings.get(k))
-    if different: raise EmlocError(f"{folder}: an unfinished run with another {', '.join(different)} is here; finish it with the same settings, or remove the directory")
+    if different: raise EmlocError(f"{folder}: an unfinished run with {'other' if different[1:] else 'another'} {', '.join(different)} is here; finish it with the same settings, or remove the directory")
 
 class Run:
     "A directory that is written in steps: cut off, it goes on; finished, it gets its name."

@@ -17,8 +17,8 @@ from .explore import WIDGET
 from .picture import CAPTION, narrow_picture, wide_picture
 
 # %% auto #0
-__all__ = ['FORMS', 'choose', 'heading', 'leave_out', 'fold_imports', 'page_notebook', 'benchmark_page', 'method_page',
-           'reference_pages']
+__all__ = ['FORMS', 'PROGRESS', 'choose', 'quiet', 'heading', 'leave_out', 'fold_imports', 'page_notebook', 'benchmark_page',
+           'method_page', 'reference_pages']
 
 # %% ../nbs/69b_pages.ipynb #b33f8c9b
 FORMS = ("text/html", "image/svg+xml", "image/png", "image/jpeg", "text/markdown", "text/latex", "text/plain") # the first that is there is shown
@@ -31,6 +31,22 @@ def choose(
     pictures = {form: value for form, value in known.items() if form.startswith("image/")}
     moves = "<script" in "".join(known.get("text/html", ""))
     return pictures if WIDGET in data and pictures and not moves else known
+
+# %% ../nbs/69b_pages.ipynb #1d3b7516
+PROGRESS = re.compile(r"\d+%\||<progress |^\{'(loss|train_runtime)': ")
+
+def quiet(
+    outputs: list, # of a cell, as the notebook stores them
+) -> list: # the same without bars and logs
+    "What of an output is worth to be kept."
+    kept = []
+    for output in outputs:
+        text = output.get("text", [])
+        lines = [line for line in "".join(text).splitlines(keepends=True) if not PROGRESS.search(line.split("\r")[-1])]
+        said = {form: "".join(output.get("data", {}).get(form, "")) for form in ("text/html", "text/plain")}
+        if text and not "".join(lines).strip() or PROGRESS.search(said["text/plain"]) or "<progress " in said["text/html"]: continue
+        kept.append(output | {"text": lines} if lines and lines != [*text] else output)
+    return kept
 
 # %% ../nbs/69b_pages.ipynb #0cfbbee7
 def heading(
@@ -62,6 +78,7 @@ def page_notebook(
     content = json.loads(path.read_text(encoding="utf-8"))
     content["metadata"].pop("widgets", None)
     for cell in content["cells"]:
+        if "outputs" in cell: cell["outputs"] = quiet(cell["outputs"])
         for output in cell.get("outputs", []):
             if "data" in output: output["data"] = choose(output["data"])
     title, promise, rest = heading("".join(content["cells"][0]["source"]))
@@ -87,9 +104,9 @@ def benchmark_page(
 def method_page() -> str: # Markdown
     "The way of the data through the three stages, for wide and for narrow screens."
     picture = f"```{{=html}}\n<div class='wide-picture column-page-right'>{wide_picture()}</div><div class='narrow-picture'>{narrow_picture()}</div>\n```"
-    stages = ("1. **Emulator.** Every weight is replaced by the two low-rank factors that keep its outputs on a few rows of the task. One block is in memory at a time. [spectrum](10_spectrum.ipynb), [rank](11_rank.ipynb), [emulator](12_emulator.ipynb)",
-              "2. **Fine-tune.** Ordinary LoRA training, on the emulator. It needs no more memory than running the model does. [finetune](20_finetune.ipynb)",
-              "3. **Correct.** The LoRA learnt beside the factors; beside the weight it would see what they leave out, so it is changed for that. The result is an ordinary PEFT adapter of the model. [correct](30_correct.ipynb), [merge](31_merge.ipynb)")
+    stages = ("1. **Emulator.** Every weight is made smaller, so that its outputs on a few rows of the task stay as they are: whole in few bits, or as two low-rank factors. One block is in memory at a time. [spectrum](10_spectrum.ipynb), [rounding](11a_rounding.ipynb), [emulator](12_emulator.ipynb)",
+              "2. **Fine-tune.** Ordinary LoRA training, on the emulator. Anchors add back what it leaves out of the training rows; they are read from the model block by block, and made again as the LoRA moves. [finetune](20_finetune.ipynb), [anchor](13_anchor.ipynb), [rounds](15_rounds.ipynb)",
+              "3. **Correct.** The LoRA learnt beside the emulator's weights; beside the model's it would see what they leave out, so it is changed for that, if the anchors did not. A few exact steps can polish it. The result is an ordinary PEFT adapter of the model. [correct](30_correct.ipynb), [merge](31_merge.ipynb), [polish](32_polish.ipynb)")
     return f"---\ntitle: How it works\ntoc: false\n---\n\n{CAPTION}\n\n{picture}\n\n" + "\n".join(stages) + "\n"
 
 # %% ../nbs/69b_pages.ipynb #a6862fc3

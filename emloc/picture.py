@@ -75,25 +75,26 @@ def frame(
     return "".join(parts)
 
 def emulator_stage() -> str:
-    "Stage 1: a weight becomes the factors that keep its outputs on the calibration rows."
-    factors = box(182, 58, 24, 84, BLUE, "U") + box(212, 58, 64, 24, BLUE, "V")
-    body = box(26, 58, 84, 84, BLUE, "W") + arrow((120, 100), (172, 100)) + factors + text(150, 172, "smallest error of the outputs x Wᵀ")
+    "Stage 1: a weight becomes one of few bits, or two thin factors, that keep its outputs on the calibration rows."
+    bits = box(140, 70, 46, 46, BLUE, "E", 0.12) + text(163, 136, "few bits", 12)
+    factors = box(218, 58, 18, 58, BLUE, "U") + box(240, 58, 40, 18, BLUE, "V") + text(249, 136, "factors", 12)
+    body = box(16, 58, 84, 84, BLUE, "W") + arrow((106, 93), (134, 93)) + bits + text(202, 98, "or", 13) + factors + text(150, 172, "smallest error of the outputs x Wᵀ")
     return frame("1  Emulator", "emloc emulate", "one block, and its inputs", body + blocks(214, BLUE, 1), BLUE)
 
 def finetune_stage() -> str:
-    "Stage 2: a LoRA beside the factors is trained as usual."
-    body = (box(36, 58, 24, 84, BLUE, "U") + box(66, 58, 64, 24, BLUE, "V") + text(152, 105, "+", 20)
+    "Stage 2: a LoRA beside the emulator's weight E is trained as usual."
+    body = (box(58, 70, 60, 60, BLUE, "E", 0.12) + text(148, 105, "+", 20)
             + box(176, 58, 20, 84, ORANGE, "B", 0.6) + box(202, 58, 64, 20, ORANGE, "A", 0.6) + text(150, 172, "ordinary LoRA training"))
     return frame("2  Fine-tune", "emloc finetune", "the emulator, LoRA, activations", body + blocks(214, BLUE, 8, 10), ORANGE)
 
 def correct_stage() -> str:
-    "Stage 3: the LoRA is changed so that it does on the weight what it did on the factors."
+    "Stage 3: the LoRA is changed so that it does on the weight what it did on the emulator's."
     body = (box(30, 58, 84, 84, BLUE, "W") + text(140, 105, "+", 20) + box(168, 58, 24, 84, GREEN, "B′", 0.6) + box(200, 58, 66, 20, ORANGE, "A", 0.6)
-            + text(150, 172, "B′ = B − D Aᵀ / s   with   D = W − U V"))
+            + text(150, 172, "B′ = B − D Aᵀ / s   with   D = W − E"))
     return frame("3  Correct", "emloc correct, emloc merge", "one block of the model", body + blocks(214, BLUE, 1), GREEN)
 
 # %% ../nbs/69a_picture.ipynb #c77c36ec
-CAPTION = ("EMLoC in one picture: the model on disk is read block by block to make a small emulator; a LoRA is trained on the emulator with the task's rows; "
+CAPTION = ("EMLoC in one picture: the model on disk is read block by block to make a small emulator; a LoRA is trained on the emulator with the task's rows, while anchors add back what the emulator leaves out of them; "
            "the LoRA is corrected for the model, again block by block, and becomes an ordinary adapter of the model.")
 STYLE = 'xmlns="http://www.w3.org/2000/svg" role="img" font-family="inherit, system-ui, sans-serif" style="max-width: 100%; height: auto"'
 
@@ -111,7 +112,7 @@ def wide_picture() -> str:
     stages = [at(x, top, draw()) for x, draw in zip(xs, (emulator_stage, finetune_stage, correct_stage))]
     model = box(10, 10, 850, 56, BLUE, "the model, on disk: read one block at a time", 0.15)
     rows = box(10, bottom + 64, 1080, 46, GREY, "rows of the task: prompts and completions", 0.15)
-    down = arrow((160, 66), (160, top)) + arrow((825, 66), (825, top)) + text(550, 102, "the model is not needed here", style='font-style="italic" opacity="0.75"')
+    down = arrow((160, 66), (160, top)) + arrow((825, 66), (825, top)) + arrow((550, 66), (550, top)) + text(564, 102, "anchors: what the emulator leaves out", anchor="start")
     up = "".join(arrow((x, bottom + 64), (x, bottom)) + text(x + 14, bottom + 38, words, anchor="start")
                  for x, words in zip((160, 550, 940), ("a few, to calibrate", "all, to train", "a few, held out")))
     across = arrow((310, 278), (400, 278)) + arrow((700, 278), (790, 278)) + text(355, 266, "emulator") + text(745, 266, "its LoRA")
@@ -122,7 +123,7 @@ def wide_picture() -> str:
 def narrow_picture() -> str:
     "The three stages under each other."
     step, parts = HEIGHT + 84, []
-    wanted = (("the model, block by block", "a few rows of the task"), ("the emulator", "all training rows"), ("the LoRA, and the model block by block", "a few rows, held out"))
+    wanted = (("the model, block by block", "a few rows of the task"), ("the emulator, and anchors: what it leaves out", "all training rows"), ("the LoRA, and the model block by block", "a few rows, held out"))
     for n, (words, draw) in enumerate(zip(wanted, (emulator_stage, finetune_stage, correct_stage))):
         y = 64 + n * step
         parts += [text(30, y - 44, words[0], anchor="start"), text(30, y - 22, words[1], anchor="start"), arrow((14, y - 60), (14, y)), at(5, y, draw())]

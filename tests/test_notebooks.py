@@ -1,5 +1,6 @@
 """The notebooks run from top to bottom, and notebooks, modules and README say the same."""
 import filecmp
+import json
 import os
 import shutil
 import subprocess
@@ -9,6 +10,8 @@ from pathlib import Path
 import beside
 import nbformat
 import pytest
+
+from emloc.pages import quiet
 
 ROOT = Path(__file__).parent.parent
 NOTEBOOKS = beside.NOTEBOOKS
@@ -59,6 +62,12 @@ def test_outputs_are_stored_and_small(notebook):
     assert any(cell.get("outputs") for cell in cells), "run the notebook and store its outputs"
     errors = [o for cell in cells for o in cell.get("outputs", []) if o.output_type == "error"]
     assert not errors
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_no_progress_bar_or_training_log_is_stored(notebook):
+    outputs = [cell["outputs"] for cell in json.loads(notebook.read_text())["cells"] if "outputs" in cell]
+    assert outputs == [quiet(o) for o in outputs], "run python nbs/quiet.py"
 
 
 @pytest.mark.parametrize("notebook", [p for p in NOTEBOOKS if p.stem != "index"], ids=lambda p: p.stem)

@@ -17,16 +17,17 @@ from emloc.corrections import correction_explorer, correction_table
 from emloc.correct import correct_adapter
 from emloc.data import EmlocError
 from emloc.easel import Easel, png
-from emloc.emulator import build_emulator, collect_spectra
+from emloc.emulator import build_emulator, choose_bits, collect_spectra
 from emloc.evaluate import alignment_report
 from emloc.explorers import page
 from emloc.finetune import lora_config, train_adapter, training_args
 from emloc.jobs import Job
 from emloc.monitor import Monitor, hear, is_deaf, monitor_figure
+from emloc.packed import overhead
 from emloc.playground import columns, complete, playground
 from emloc.plan import Shapes
 from emloc.rank import by_spectrum, uniform
-from emloc.ranking import RankExplorer, predicted, rank_table, ranks_at, ratio_for
+from emloc.ranking import RankExplorer, bits_at, predicted, predicted_bits, rank_table, ranks_at, ratio_for
 from emloc.spectrum import Spectrum
 from emloc.spectra import SpectrumExplorer, actual_errors, rank_steps, reading, spectrum_table
 
@@ -92,6 +93,25 @@ def test_a_budget_becomes_the_largest_ratio_that_fits(ranks):
     assert "at least 1" in shown.problem
     shown.seq_len = 64
     assert shown.problem == "" and shown.predicted["peak_bytes"] > predicted(table, shown.ranks)["peak_bytes"]
+
+
+def test_bits_are_what_the_library_chooses(ranks):
+    table, _, shapes = ranks
+    s = Shapes(table["model"])
+    possible = [r for r in table["ratios"] if predicted_bits(table, r)]
+    assert 0 < len(possible) < len(table["ratios"])
+    for ratio in (possible[0], possible[3]):
+        bits = choose_bits(shapes, ratio, s.dtype)
+        assert predicted_bits(table, ratio)["emulator_bytes"] == s.emulator_bytes(bits)
+        assert all(0 <= bits[n] - overhead(shapes[n]) - found < 8 for n, found in bits_at(table, ratio).items())
+    with pytest.raises(EmlocError, match=f"the least is {possible[0]}"): bits_at(table, table["ratios"][0])
+    peak = predicted_bits(table, possible[2])["peak_bytes"]
+    assert ratio_for(table, peak - 1, form="quantized") == possible[1]
+    shown = RankExplorer(table, form="quantized", ratio=possible[1])
+    assert shown.wanted == {"form": "quantized", "ratio": possible[1]} and shown.predicted == predicted_bits(table, possible[1])
+    shown.seq_len = 64
+    assert shown.problem == "" and shown.predicted["peak_bytes"] > predicted_bits(table, possible[1])["peak_bytes"]
+    with pytest.raises(EmlocError, match="lowrank, quantized"): RankExplorer(table, form="sparse")
 
 
 def test_a_cancelled_build_goes_on_and_gives_the_same_emulator(llama, task, tmp_path, monkeypatch):

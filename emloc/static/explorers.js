@@ -183,12 +183,14 @@ function ranks({ model, el }) {
   const size = list => table.model_bytes - table.item * list.reduce((sum, k, i) => sum + (k ? table.shapes[i][0] * table.shapes[i][1] - k * (table.shapes[i][0] + table.shapes[i][1]) : 0), 0);
   // the peak of stage 2 is the emulator's bytes and what is nearly the same for every emulator: simulated at some sizes, a line between them
   const peak = b => {
-    const knots = model.get("knots");
+    const knots = model.get("knots")[model.get("form")];
     let i = 0;
     while (i < knots.length - 2 && b > knots[i + 1][0]) i++;
     const [x0, y0] = knots[i], [x1, y1] = knots[i + 1];
     return y0 + (b - x0) * (y1 - y0) / (x1 - x0);
   };
+  const packed = () => model.get("form") === "quantized";
+  const [formSet, forms] = radios("form", `${id}-form`, { lowrank: "low-rank factors", quantized: "whole weights in few bits" }, v => change("form", v));
   const [modeSet, modes] = radios("choose by", `${id}-mode`, { ratio: "ratio", budget: "memory budget" }, v => change("mode", v));
   const slider = make("input", { type: "range", min: 0, max: table.ratios.length - 1, step: 1, "aria-label": "ratio",
     oninput: () => together("ratio", table.ratios[Number(slider.value)]) });
@@ -197,54 +199,80 @@ function ranks({ model, el }) {
   const number = (label, name) => field({ type: "number", min: 1, step: 1, "aria-label": label, style: "width: 5.5em" }, input => change(name, Number(input.value)));
   const tokens = number("tokens of a row", "seq_len"), batch = number("rows of a batch", "batch_size");
   const [useSet, uses] = radios("build", `${id}-use`, Object.fromEntries(choices.map(c => [c, titles[c] ?? c])), v => change("choice", v));
-  const reading = make("output", { "aria-live": "polite" }), hovered = make("div", { class: "hover" }), scale = make("span");
+  const reading = make("output", { "aria-live": "polite" }), hovered = make("div", { class: "hover" }), least = make("span"), scale = make("span");
   const cell = Math.max(6, Math.min(24, 330 / blocks)), W = Math.max(300, 86 + blocks * cell + 4), H = 24 + rows.length * 16 + 18;
-  const maps = Object.fromEntries(choices.map(c => {
-    const svg = make("svg", { viewBox: `0 0 ${W} ${H}`, width: W, role: "img", "aria-label": `ranks, ${titles[c] ?? c}` });
+  const heat = (label, say) => {
+    const svg = make("svg", { viewBox: `0 0 ${W} ${H}`, width: W, role: "img", "aria-label": label });
     const title = make("text", { x: 86, y: 13, "font-weight": "bold" }), cells = names.map((name, i) => {
       const [row, block] = table.places[i];
-      return make("rect", { x: 86 + block * cell, y: 20 + rows.indexOf(row) * 16, width: cell - 1, height: 15, onmouseenter: () => {
-        const k = current(c)[i], [out, inside] = table.shapes[i];
-        hovered.textContent = k ? `${name}: rank ${k}, ${percent(k * (out + inside) / (out * inside))} of ${out} × ${inside}` : `${name}: stays dense, ${out} × ${inside}`;
-      } });
+      return make("rect", { x: 86 + block * cell, y: 20 + rows.indexOf(row) * 16, width: cell - 1, height: 15, onmouseenter: () => { hovered.textContent = say(name, i); } });
     });
     rows.forEach((row, i) => svg.append(make("text", { x: 82, y: 31 + i * 16, "text-anchor": "end" }, row.split(".").at(-1))));
     for (let b = 0; b < blocks; b += Math.max(1, Math.ceil(blocks / 6))) svg.append(make("text", { x: 86 + (b + 0.5) * cell, y: H - 4, "text-anchor": "middle" }, String(b)));
     svg.append(title, ...cells);
-    return [c, { svg, title, cells }];
-  }));
+    return { node: make("figure", {}, svg), title, cells };
+  };
+  const fill = (map, list, share) => map.cells.forEach((rect, j) => { rect.setAttribute("fill", list[j] ? viridis(share(list[j])) : "none"); rect.setAttribute("stroke", list[j] ? "none" : "var(--faint)"); });
+  const maps = Object.fromEntries(choices.map(c => [c, heat(`ranks, ${titles[c] ?? c}`, (name, i) => {
+    const k = current(c)[i], [out, inside] = table.shapes[i];
+    return k ? `${name}: rank ${k}, ${percent(k * (out + inside) / (out * inside))} of ${out} × ${inside}` : `${name}: stays dense, ${out} × ${inside}`;
+  })]));
+  // columns of one weight and their levels, the finer first
+  const layout = (j, i) => table.bits.layouts[table.shapes[j].join(" x ")][i];
+  const mean = (j, i) => layout(j, i).reduce((sum, [columns, levels]) => sum + columns * 8 / table.bits.per_byte[levels], 0) / table.shapes[j][1];
+  const bitMap = heat("bits of a number", (name, j) => {
+    const i = index(), parts = layout(j, i);
+    return parts ? `${name}: ${mean(j, i).toFixed(2)} bits; ${parts.map(([columns, levels]) => `${columns} columns of ${levels} levels`).join(", ")}` : "";
+  });
   const index = () => table.ratios.reduce((best, r, i) => Math.abs(r - model.get("ratio")) < Math.abs(table.ratios[best] - model.get("ratio")) ? i : best, 0);
   const current = c => table.choices[c][index()];
   const fit = () => {
     const limit = bytes(model.get("budget"));
-    const fitting = table.ratios.filter((_, i) => peak(size(table.choices.uniform[i])) <= limit);
-    if (!fitting.length) throw Error(`budget ${model.get("budget")}: even the emulator of ratio ${table.ratios[0]} needs ${mib(peak(size(table.choices.uniform[0])))} in stage 2; fewer tokens or rows in a batch need less`);
+    const sizes = packed() ? table.bits.bytes : table.choices.uniform.map(size);
+    const fitting = table.ratios.filter((_, i) => sizes[i] && peak(sizes[i]) <= limit), first = sizes.findIndex(b => b);
+    if (!fitting.length) throw Error(`budget ${model.get("budget")}: even the emulator of ratio ${table.ratios[first]} needs ${mib(peak(sizes[first]))} in stage 2; fewer tokens or rows in a batch need less`);
     if (model.get("ratio") !== fitting.at(-1)) { model.set("ratio", fitting.at(-1)); model.save_changes(); }
   };
   const all = guard(() => {
-    modes[model.get("mode")].checked = true; uses[model.get("choice")].checked = true;
+    forms[model.get("form")].checked = modes[model.get("mode")].checked = true; uses[model.get("choice")].checked = true;
     budget.value = model.get("budget"); tokens.value = model.get("seq_len"); batch.value = model.get("batch_size");
     tokens.disabled = batch.disabled = !model.get("alive");
     if (model.get("mode") === "budget") fit();
     const i = index();
     slider.value = i; slider.setAttribute("aria-valuetext", `ratio ${table.ratios[i]}`); shown.textContent = table.ratios[i];
+    const show = (node, yes) => { node.style.display = yes ? "" : "none"; };
+    choices.forEach(c => show(maps[c].node, !packed()));
+    show(bitMap.node, packed()); show(useSet, !packed());
+    least.textContent = packed() ? "1 bit" : "rank 1";
+    const b = table.bits.bytes[i];
+    if (packed()) {
+      const bits = b ? names.map((_, j) => mean(j, i)) : [];
+      fill(bitMap, bits, k => (k - 1) / 7);
+      scale.textContent = "8 bits of a number, scales not counted";
+      bitMap.title.textContent = reading.textContent = "";
+      if (!b) throw Error(`ratio ${table.ratios[i]}: less than one bit for each number; the least is ${table.ratios[table.bits.bytes.findIndex(b => b)]}`);
+      bitMap.title.textContent = `whole weights: ${Math.min(...bits).toFixed(2)} to ${Math.max(...bits).toFixed(2)} bits of a number`;
+      reading.textContent = `in few bits: emulator ${mib(b)} of the model's ${mib(table.model_bytes)}, stage 2 peaks at ${mib(peak(b))}`;
+      if (model.get("problem")) throw Error(model.get("problem"));
+      return;
+    }
     const top = Math.max(...choices.flatMap(c => current(c)));
     scale.textContent = `${top}; an empty cell stays dense`;
     const said = choices.map(c => {
       const list = current(c), b = size(list);
       maps[c].title.textContent = `${titles[c] ?? c}: ranks ${Math.min(...list.filter(k => k))} to ${Math.max(...list)}`;
-      maps[c].cells.forEach((rect, j) => { rect.setAttribute("fill", list[j] ? viridis(list[j] / top) : "none"); rect.setAttribute("stroke", list[j] ? "none" : "var(--faint)"); });
+      fill(maps[c], list, k => k / top);
       return `${titles[c] ?? c}: emulator ${mib(b)} of the model's ${mib(table.model_bytes)}, stage 2 peaks at ${mib(peak(b))}`;
     });
     reading.replaceChildren(...said.map(line => make("div", {}, line)));
     if (model.get("problem")) throw Error(model.get("problem"));
   });
-  box.append(make("div", { class: "row" }, modeSet, make("label", {}, "ratio", slider), shown),
+  box.append(make("div", { class: "row" }, formSet), make("div", { class: "row" }, modeSet, make("label", {}, "ratio", slider), shown),
     make("div", { class: "row" }, make("label", {}, "budget", budget), make("label", {}, "tokens", tokens), make("label", {}, "batch", batch), useSet),
-    make("div", { class: "plots" }, ...choices.map(c => make("figure", {}, maps[c].svg))),
-    make("div", { class: "row" }, "rank 1", make("span", { style: `display:inline-block;width:120px;height:10px;background:linear-gradient(90deg,${[0, 0.25, 0.5, 0.75, 1].map(viridis).join(",")})` }), scale),
+    make("div", { class: "plots" }, ...choices.map(c => maps[c].node), bitMap.node),
+    make("div", { class: "row" }, least, make("span", { style: `display:inline-block;width:120px;height:10px;background:linear-gradient(90deg,${[0, 0.25, 0.5, 0.75, 1].map(viridis).join(",")})` }), scale),
     reading, hovered, problem);
-  for (const name of ["mode", "ratio", "budget", "choice", "knots", "problem", "alive", "seq_len", "batch_size"]) model.on(`change:${name}`, all);
+  for (const name of ["form", "mode", "ratio", "budget", "choice", "knots", "problem", "alive", "seq_len", "batch_size"]) model.on(`change:${name}`, all);
   all();
 }
 
