@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -22,13 +22,13 @@ from .anchor import Anchors
 from .arithmetic import has_units, load_whole
 from .data import EmlocError, collator, encode_rows, load_tokenizer, rows_hash
 from .lowrank import emulator_config, load_emulator
-from .model import Checkpoint, find_model
+from .model import Checkpoint, block_names, find_model, give_back
 from .output import check_out, check_same, last_checkpoint, new_directory, processes, write_json
 from .pairlora import load_adapter, lora_config, wrap
-from .walk import keep_last
+from .walk import bare, hidden_of, keep_last
 
 # %% auto #0
-__all__ = ['NOTE', 'training_args', 'train_lora', 'AdapterTrainer', 'with_positions', 'training_settings', 'pick_up',
+__all__ = ['NOTE', 'training_args', 'train_lora', 'tidy', 'AdapterTrainer', 'with_positions', 'training_settings', 'pick_up',
            'train_adapter', 'save_raw', 'train_on_model']
 
 # %% ../nbs/20_finetune.ipynb #c66a8af8
@@ -70,8 +70,23 @@ def train_lora(
     run.anchors = anchors
     if any(getattr(c, "draws", False) for c in trainer.get("callbacks") or ()):
         for own in (PrinterCallback, DEFAULT_PROGRESS_CALLBACK): run.remove_callback(own)
-    with anchors.attached(model) if anchors else nullcontext(): run.train(resume_from_checkpoint=resume and str(resume))
+    with anchors.attached(model) if anchors else nullcontext(), tidy(model): run.train(resume_from_checkpoint=resume and str(resume))
     return run
+
+@contextmanager
+def tidy(
+    model: PeftModel, # in memory
+):
+    "On a CPU, hand freed memory back after every block, forward and backward; among activations of many sizes the C library would keep holes larger than all of them."
+    def hook(module, args, output):
+        give_back()
+        hidden = hidden_of(output)
+        if hidden.requires_grad: hidden.register_hook(lambda gradient: give_back())
+    own = bare(model)
+    handles = [own.get_submodule(n).register_forward_hook(hook) for n in block_names(own)] if next(own.parameters()).device.type == "cpu" else []
+    try: yield
+    finally:
+        for handle in handles: handle.remove()
 
 # %% ../nbs/20_finetune.ipynb #18277ad6
 class AdapterTrainer(Trainer):

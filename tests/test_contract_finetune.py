@@ -14,7 +14,7 @@ from emloc.emulator import build_emulator
 from emloc.lowrank import load_emulator
 from emloc.finetune import train_adapter, train_lora, training_args
 from emloc.pairlora import load_adapter, lora_config, register_pairs, wrap
-from emloc.model import Checkpoint, block_linears, skeleton
+from emloc.model import Checkpoint, block_linears, block_names, skeleton
 
 
 @pytest.fixture
@@ -314,3 +314,15 @@ def test_pair_and_lora_together_are_what_peft_computes(options, autocast, llama_
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast): y = forward(x)
             found.append((y.float(), *torch.autograd.grad(y.float().sin().sum(), (x, A, B))))
         for ours, theirs in zip(*found): assert tiny.differs(ours, theirs) < (0.03 if autocast else 1e-5) * max(1, float(theirs.abs().max()))
+
+
+def test_training_on_a_cpu_hands_memory_back_after_every_block(llama_stages, task, tmp_path, monkeypatch):
+    from emloc import finetune
+    if torch.cuda.is_available(): pytest.skip("on a GPU there is nothing to hand back")
+    calls, model = [], wrap(load_emulator(llama_stages.emulator))
+    monkeypatch.setattr(finetune, "give_back", lambda: calls.append(1))
+    train_lora(model, task.train, training_args(tmp_path, steps=2, bf16=False, save_strategy="no", disable_tqdm=True), tokenizer=tiny.tokenizer())
+    blocks = len(block_names(model.get_base_model()))
+    assert len(calls) == 2 * 2 * blocks # steps, forward and backward
+    model(input_ids=torch.arange(6, 12)[None])
+    assert len(calls) == 4 * blocks
