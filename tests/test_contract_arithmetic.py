@@ -4,7 +4,6 @@ import copy
 import pytest
 import tiny
 import torch
-import torch.nn.functional as F
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
