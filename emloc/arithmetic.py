@@ -92,7 +92,8 @@ def product(
     bias: torch.Tensor | None = None, # (out,)
 ) -> torch.Tensor: # (..., out), in the dtype of x
     "x Wᵀ + b, in float32 where that is quicker and W gets no gradient."
-    if working_dtype(x) == x.dtype or weight.requires_grad or weight.dtype != x.dtype or torch.is_autocast_enabled(x.device.type): return F.linear(x, weight, bias)
+    trained = weight.requires_grad and torch.is_grad_enabled()
+    if working_dtype(x) == x.dtype or trained or weight.dtype != x.dtype or torch.is_autocast_enabled(x.device.type): return F.linear(x, weight, bias)
     y = WideProduct.apply(x, weight)
     return y if bias is None else y + bias
 

@@ -41,6 +41,13 @@ def test_a_weight_that_is_trained_gets_its_gradient(no_units):
     assert torch.allclose(W.grad.float(), x.sum(0).float().expand(6, 8), rtol=0.05, atol=0.05)
 
 
+def test_a_weight_that_could_be_trained_is_quick_where_no_gradient_is_kept(no_units, monkeypatch):
+    calls, W = [], torch.randn(6, 8, dtype=BF16, requires_grad=True)
+    monkeypatch.setattr(arithmetic, "in_float32", lambda weight: calls.append(1) or weight.float())
+    with torch.no_grad(): arithmetic.product(torch.randn(4, 8, dtype=BF16), W)
+    assert calls
+
+
 @pytest.mark.parametrize("family", tiny.BUILD)
 def test_models_say_the_same(no_units, tmp_path, family):
     path = tiny.save_model(family, tmp_path / "model", dtype=BF16)
