@@ -23,9 +23,9 @@ def variants(blocks: int) -> list: # of the method "quantized, anchors in rounds
     return [*(make(k) for k in (1, 2, 6, blocks)), make(1, "int8"), Method("none", "activation", form="quantized")]
 
 
-def known(comparison: Comparison, method: Method, seeds: list) -> list: # scores of those that were run
-    found = [comparison.known["scores"].get(comparison.key(comparison.folders(method, seed, 1e-3)[-1])) for seed in seeds]
-    return [(score, reference) for score, reference in zip(found, (comparison.known["scores"].get(comparison.key(comparison.folders(METHODS[0], seed, 1e-3)[-1])) for seed in seeds)) if score and reference]
+def known(comparison: Comparison, method: Method, seeds: list) -> list: # (score, that of the reference), of the seeds that were run
+    pairs = ((comparison.found(method, seed, 1e-3), comparison.found(METHODS[0], seed, 1e-3)) for seed in seeds)
+    return [(score, reference) for score, reference in pairs if score and reference]
 
 
 if __name__ == "__main__":

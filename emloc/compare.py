@@ -135,10 +135,13 @@ class Comparison:
 
     def key(self, name, validation: bool = False) -> str: return f"{name}{' on validation rows' if validation else ''}" # of a score
 
+    def found(self, method: Method, seed: int, rate: float, validation: bool = False) -> dict | None: # accuracy, nll; None: not yet
+        return self.known["scores"].get(self.key(self.folders(method, seed, rate)[-1], validation))
+
     def rate(self, method: Method) -> float | None: # None while some are not scored
         "The learning rate with the lowest NLL on the validation rows, for the first seed."
         if len(self.setting.rates) == 1: return self.setting.rates[0]
-        found = {rate: self.known["scores"].get(self.key(self.folders(method, self.setting.seeds[0], rate)[-1], True)) for rate in self.setting.rates}
+        found = {rate: self.found(method, self.setting.seeds[0], rate, True) for rate in self.setting.rates}
         return None if None in found.values() else min(found, key=lambda rate: found[rate]["nll"])
 
     def rows(self, methods: list) -> list: # dicts
@@ -148,7 +151,7 @@ class Comparison:
             best = None
             for method in with_reference(methods):
                 rate = self.rate(method)
-                score = rate and self.known["scores"].get(self.key(self.folders(method, seed, rate)[-1]))
+                score = rate and self.found(method, seed, rate)
                 best = best or score
                 if not score or not best: continue
                 rows.append({"name": method.name, "seed": seed, "rate": rate} | {k: score[k] for k in ("accuracy", "nll")} | {f"{k}_share": share(score[k], untouched[k], best[k]) for k in ("accuracy", "nll")})
@@ -156,8 +159,7 @@ class Comparison:
 
     def tried(self, method: Method, seed: int, rate: float, validation: bool = False) -> dict: # accuracy, nll
         "The score of a method; where it is known, nothing is trained again."
-        known = self.known["scores"].get(self.key(self.folders(method, seed, rate)[-1], validation))
-        return known or self.score(self.adapter(method, seed, rate), validation)
+        return self.found(method, seed, rate, validation) or self.score(self.adapter(method, seed, rate), validation)
 
     def run(self, methods: list) -> dict: # what compare.json holds
         "Every method with every seed, the reference first."
