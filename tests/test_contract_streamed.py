@@ -5,6 +5,7 @@ from datasets import Dataset
 from torch.utils._pytree import tree_leaves
 
 from emloc.anchor import anchor_bytes
+from emloc.arithmetic import any_machine
 from emloc.backward import loss_gradient
 from emloc.data import EmlocError
 from emloc.emulator import build_emulator, choose_bits
@@ -48,7 +49,7 @@ def test_a_simulated_build_holds_what_a_real_one_holds(models, family, metric, t
     caplog.set_level("WARNING", logger="emloc") # pytest keeps what is logged, and with it the block that was built
     shapes = linear_shapes(bare_model(*find_config(models[family])))
     choice, options = (choose_bits(shapes, 0.15, torch.float32), {"ratio": 0.15, "form": metric}) if metric == "quantized" else (uniform(shapes, 0.5), {"ranks": uniform(shapes, 0.5), "metric": metric})
-    with taken_forks() as taken, Witness() as witness: build_emulator(models[family], rows(), tmp_path / "emulator", batch_size=BATCH, **options)
+    with any_machine(), taken_forks() as taken, Witness() as witness: build_emulator(models[family], rows(), tmp_path / "emulator", batch_size=BATCH, **options)
     model = shorten(bare_model(*find_config(models[family])), 2 if metric == "fisher" else 1)
     peaks = building_peaks(model, choice, BATCH, LENGTH, metric=metric, completion=6, taken=taken)
     real, simulated = (max(sum(p.values()) for p in found.values()) for found in (witness.peaks, peaks))
