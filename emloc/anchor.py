@@ -33,10 +33,11 @@ STORED = {"bfloat16": 2, "float32": 4, "int8": 1}
 def anchored_blocks(
     blocks: int, # of the model
     every: int, # an anchor after each so many blocks, and after the last
+    first: int = 0, # block that the emulator has; what comes out of those before it is an anchor as well
 ) -> list: # indices of the blocks whose output is corrected
     "Which block boundaries have an anchor."
-    if not 1 <= every <= blocks: raise EmlocError(f"every {every}: an anchor can be set after each 1 to {blocks} blocks of this model")
-    return sorted({*range(every - 1, blocks, every), blocks - 1})
+    if not 1 <= every <= blocks - first: raise EmlocError(f"every {every}: an anchor can be set after each 1 to {blocks - first} blocks of this {'emulator' if first else 'model'}")
+    return sorted({*range(first + every - 1, blocks, every), blocks - 1, *([first - 1] if first else ())})
 
 def anchor_bytes(
     tokens: int, # of all rows
@@ -98,7 +99,7 @@ def compute_anchors(
     checkpoint = Checkpoint(find_model(model))
     source, whole = check_base(emulator, checkpoint, model), Walk(checkpoint, rows, lent=lent, **walk_options)
     small = emulator_walk(emulator, whole.rows, lent=whole.model, **walk_options)
-    blocks, hidden = anchored_blocks(len(whole), every), whole.model.get_input_embeddings().weight.shape[1]
+    blocks, hidden = anchored_blocks(len(whole), every, len(source.bypassed)), whole.model.get_input_embeddings().weight.shape[1]
     settings = {"emulator": small.checkpoint.fingerprint(), "rows": rows_hash(whole.rows), "every": every, "stored": stored, "batch_size": whole.batch_size, "lora": pairs_hash(lora)}
     needed, run = anchor_bytes(whole.tokens(), hidden, len(blocks), stored), Run(out, settings, resume=resume)
     free = shutil.disk_usage(next(p for p in run.folder.resolve().parents if p.exists())).free

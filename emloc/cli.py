@@ -51,19 +51,20 @@ def emulate(args) -> dict:
     "Stage 1: build the emulator of MODEL from rows of TASK."
     settle_form(args)
     if args.budget and args.ratio: raise EmlocError("give either a ratio or a budget, and not both")
+    if args.last_blocks and args.ranks == "spectrum": raise EmlocError("ranks by spectrum are chosen over all blocks; leave out --last-blocks, or --ranks")
     if args.budget and args.ranks == "spectrum": raise EmlocError("a budget gives every weight the same ratio; for ranks by spectrum give that ratio")
     fitted = fitting(args) if args.budget else None
     args.ratio = fitted.ratio if fitted else check_ratio(0.25 if args.ratio is None else args.ratio)
     check_out(args.out)
     with processes().main_process_first(): whole, task = Checkpoint(find_model(args.model)), load_task(args.task) # so that one process fetches them
     calibration = task.calibration(args.rows, args.seed)
-    print(f"{args.form} emulator of {args.model} at ratio {args.ratio:g}, from {len(calibration)} rows of {args.task}")
+    print(f"{args.form} emulator of {f'the last {args.last_blocks} blocks of ' if args.last_blocks else ''}{args.model} at ratio {args.ratio:g}, from {len(calibration)} rows of {args.task}")
     walk = {"batch_size": args.batch_size, "max_length": args.max_length, "device": args.device}
     if args.ranks == "spectrum":
         spectra, shapes = collect_spectra(args.model, calibration, **walk)
         choice = {"ranks": by_spectrum(spectra, shapes, args.ratio)}
     else: choice = {"plan": fitted} if fitted and args.form == "lowrank" else {"ratio": args.ratio}
-    out = build_emulator(args.model, calibration, args.out, metric=args.metric, form=args.form, resume=not args.restart, **choice, **walk)
+    out = build_emulator(args.model, calibration, args.out, metric=args.metric, form=args.form, last=args.last_blocks, resume=not args.restart, **choice, **walk)
     size = Checkpoint(out).nbytes
     return {"emulator": str(out), "emulator_bytes": size, "model_bytes": whole.nbytes, "share": size / whole.nbytes}
 
@@ -86,7 +87,7 @@ def finetune(args) -> dict:
 
 def fitting(args) -> Plan:
     "The plan for a budget. Raises `EmlocError` when nothing fits."
-    found = plan_memory(args.model, budget=args.budget, batch_size=args.train_batch, seq_len=args.max_length, rows=args.rows, walk_batch=args.batch_size, metric=args.metric, form=args.form)
+    found = plan_memory(args.model, budget=args.budget, batch_size=args.train_batch, seq_len=args.max_length, rows=args.rows, walk_batch=args.batch_size, metric=args.metric, form=args.form, last=args.last_blocks)
     if not found.fits: raise EmlocError(" ".join(line.strip() for line in found.advice))
     print(f"the largest ratio that fits {args.budget} is {found.ratio:.3f}: training {args.train_batch} rows of {args.max_length} tokens will need {found.stages[1].peak / 2**30:.2f} GiB")
     return found
@@ -96,7 +97,7 @@ def plan(args) -> dict:
     settle_form(args)
     found = plan_memory(args.model, budget=args.budget, ratio=args.ratio, batch_size=args.batch_size, seq_len=args.seq_len, completion=args.completion,
                         checkpointing=not args.no_checkpointing, lora=lora_config(args.rank), rows=args.rows, walk_batch=args.walk_batch,
-                        metric=args.metric, form=args.form, train_rows=args.train_rows, anchor_every=args.anchor_every)
+                        metric=args.metric, form=args.form, train_rows=args.train_rows, anchor_every=args.anchor_every, last=args.last_blocks)
     print(found)
     return found.report()
 
@@ -270,6 +271,7 @@ def parser() -> Parser:
     c.add_argument("--walk-batch", type=int, default=16, help="calibration rows that go through a block together")
     c.add_argument("--form", choices=FORMS, help="of the emulator, as for emulate")
     c.add_argument("--metric", choices=METRICS, help="of a low-rank emulator")
+    c.add_argument("--last-blocks", type=int, help="an emulator of so many blocks, from the end, as for emulate")
     c.add_argument("--train-rows", type=int, default=1000, help="rows that get anchors, if they are wanted")
     c.add_argument("--anchor-every", type=int, default=1, help="blocks between two anchors")
     c = options(sub, "emulate", emulate, ["model", "task"], "emulator")
@@ -278,6 +280,7 @@ def parser() -> Parser:
     c.add_argument("--train-batch", type=int, default=8, help="rows of a training step, for --budget")
     c.add_argument("--ranks", choices=["uniform", "spectrum"], default="uniform", help="one ratio for all weights, or as the spectra ask")
     c.add_argument("--form", choices=FORMS, help="whole weights in few bits (quantized: nearest to the model), or low-rank factors of as many bytes (lowrank: fastest to train); by default quantized, and lowrank where --metric or --ranks spectrum is given")
+    c.add_argument("--last-blocks", type=int, help="only so many blocks, from the end, which then have the bytes of all: finer, but only these learn; training needs anchors")
     c.add_argument("--metric", choices=METRICS, help="what low-rank factors keep: the outputs on the calibration rows (activation), or the loss (fisher, one walk more, backwards); by default the loss")
     c.add_argument("--rows", type=int, default=256, help="calibration rows")
     c.add_argument("--restart", action="store_true", help="do not go on with an unfinished run")

@@ -44,9 +44,10 @@ class Method:
     form: str = "lowrank" # of the emulator
     ratio: float | None = None # of the emulator; None: the setting's
     stored: str = "bfloat16" # how anchors are stored
+    last: int | None = None # blocks of the emulator, from the end; None: all
 
     def kind(self) -> str: # of the emulator, in the names of folders
-        return ("quantized" if self.form == "quantized" else self.metric or "model") + (f"-{self.ratio:g}" if self.ratio else "")
+        return ("quantized" if self.form == "quantized" else self.metric or "model") + (f"-{self.ratio:g}" if self.ratio else "") + (f"-last-{self.last}" if self.last else "")
 
     def spacing(self) -> str: # of the anchors, in the names of folders
         return f"{self.every}" + (f"-{self.stored}" if self.stored != "bfloat16" else "")
@@ -102,7 +103,7 @@ class Comparison:
 
     def emulator(self, method: Method) -> Path:
         s = self.setting
-        return self.made(f"emulator-{method.kind()}", lambda path: build_emulator(s.model, self.task.calibration(s.calibration), path, ratio=method.ratio or s.ratio, metric=method.metric, form=method.form))
+        return self.made(f"emulator-{method.kind()}", lambda path: build_emulator(s.model, self.task.calibration(s.calibration), path, ratio=method.ratio or s.ratio, metric=method.metric, form=method.form, last=method.last))
 
     def anchors(self, method: Method):
         if not method.every: return None

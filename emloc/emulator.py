@@ -27,7 +27,7 @@ from .lowrank import EmulatorConfig, LowRankLinear
 from .model import Checkpoint, dense_weight, find_model, give_back, linear_shapes
 from .output import Run, check_out, processes, write_json
 from .packed import layout, overhead
-from .rank import check_ratio, uniform
+from .rank import check_ratio, of_last, uniform
 from .rounding import quantize
 from .spectrum import Gram, Spectrum, decompose, truncate
 from .walk import Step, Walk
@@ -35,9 +35,9 @@ from .walk import Step, Walk
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'FORMS', 'README', 'Seen', 'add_up', 'watched_inputs', 'look_forward', 'divide', 'BuiltBlock', 'build_block',
-           'forward_pass', 'backward_pass', 'choose_bits', 'choose_ranks', 'finish_emulator', 'block_file',
-           'check_calibration', 'build_emulator', 'collect_spectra', 'load_spectra']
+__all__ = ['log', 'FORMS', 'README', 'Seen', 'add_up', 'watched_inputs', 'look_forward', 'divide', 'BuiltBlock', 'pass_by',
+           'build_block', 'forward_pass', 'backward_pass', 'choose_bits', 'choose_ranks', 'finish_emulator',
+           'block_file', 'check_calibration', 'build_emulator', 'collect_spectra', 'load_spectra']
 
 # %% ../nbs/12_emulator.ipynb #22209ff4
 @dataclass
@@ -112,8 +112,16 @@ class BuiltBlock:
 
     def __repr__(self):
         worst = max(self.errors, key=self.errors.get, default=None)
-        if worst is None: return "all linears dense"
+        if worst is None: return "all linears dense" if self.tensors else "not in the emulator"
         return f"mean error {sum(self.errors.values()) / len(self.errors):.3f}, worst {self.errors[worst]:.3f} at {'.'.join(worst.split('.')[-2:])}"
+
+def pass_by(
+    step: Step, # a block in memory that the emulator does without
+    metric: str, # fisher: it has run already, on the way forward
+) -> BuiltBlock: # nothing
+    "Run a block, and build nothing."
+    if metric != "fisher": step.run()
+    return BuiltBlock({}, {}, {})
 
 def build_block(
     step: Step, # a block in memory
@@ -260,6 +268,7 @@ def build_emulator(
     plan=None, # or anything with an attribute `ranks`
     metric: str = "activation", # what the factors keep: the outputs (activation) or the loss (fisher)
     form: str = "lowrank", # of the emulated linears: factors (lowrank), or the whole weight in few bits (quantized), at the same ratio of bytes
+    last: int | None = None, # only so many blocks, from the end, which then have the bytes of all; those before must come from anchors. None: all blocks
     lora: dict | None = None, # {module: (A, B, scaling)}, float32 on the CPU: inputs and gradients are those of the model with it
     resume: bool = True, # go on with an unfinished run of the same settings
     **walk_options, # for Walk: batch_size (rows), max_length (tokens), device
@@ -271,23 +280,24 @@ def build_emulator(
     check_out(out)
     path, team = find_model(model), processes()
     walk = Walk(path, calibration, share=(team.process_index, team.num_processes), **walk_options)
-    shapes = linear_shapes(walk.model)
-    bits = choose_bits(shapes, ratio, walk.checkpoint.dtype) if form == "quantized" else {}
-    ranks = {} if form == "quantized" else choose_ranks(shapes, ratio, plan.ranks if plan is not None else ranks)
+    shapes, ratio_there = of_last(linear_shapes(walk.model), ratio, walk.names, last)
+    first = len(walk) - (last or len(walk)) # block that is there
+    bits = choose_bits(shapes, ratio_there, walk.checkpoint.dtype) if form == "quantized" else {}
+    ranks = {} if form == "quantized" else choose_ranks(shapes, ratio_there, plan.ranks if plan is not None else ranks)
     check_calibration(walk, ranks)
     fingerprint = walk.checkpoint.fingerprint()
-    settings = {"model": fingerprint, "ranks": ranks, "calibration": rows_hash(walk.rows), "batch_size": walk.batch_size, "processes": team.num_processes, "metric": metric, "bits": bits, "lora": pairs_hash(lora)}
+    settings = {"model": fingerprint, "ranks": ranks, "calibration": rows_hash(walk.rows), "batch_size": walk.batch_size, "processes": team.num_processes, "metric": metric, "bits": bits, "first": first, "lora": pairs_hash(lora)}
     with Run(out, settings, resume=resume, shared=True) as run:
         if metric == "fisher": forward_pass(walk, run, lora or {})
         for step, look in backward_pass(walk, run) if metric == "fisher" else ((step, partial(look_forward, always=bool(bits))) for step in run.blocks("emulator", walk)):
-            with with_lora(step, lora or {}): built = build_block(step, ranks, look, bits)
+            with with_lora(step, lora or {}): built = build_block(step, ranks, look, bits) if step.index >= first else pass_by(step, metric)
             give_back()
             if not run.main: continue
-            save_file(built.tensors, run.folder / block_file(step.index, len(walk)), metadata={"format": "pt"})
+            if built.tensors: save_file(built.tensors, run.folder / block_file(step.index, len(walk)), metadata={"format": "pt"})
             save_file(built.sigmas, run.state / f"spectra-{step.index:05d}.safetensors")
             run.bar.set_postfix_str(repr(built).split(",")[0])
             log.info("%s: %r", step.name, built)
-        if run.main: finish_emulator(walk, run, EmulatorConfig(ranks, str(model if str(model) != "default" else path), fingerprint, ratio, metric, bits))
+        if run.main: finish_emulator(walk, run, EmulatorConfig(ranks, str(model if str(model) != "default" else path), fingerprint, ratio, metric, bits, {n: walk.tuples[type(b)] for n, b in zip(walk.names[:first], walk.blocks)}))
     return run.out
 
 # %% ../nbs/12_emulator.ipynb #784da4d6

@@ -14,7 +14,7 @@ from .adapter import read_adapter
 from .correct import Pieces
 from .arithmetic import load_whole
 from .data import EmlocError, Task, brief, collator, encode_row, load_tokenizer
-from .lowrank import is_emulator, load_emulator
+from .lowrank import emulator_config, is_emulator, load_emulator
 from .pairlora import load_adapter
 from .model import Checkpoint, find_model
 from .spectrum import Gram
@@ -103,6 +103,7 @@ def open_model(
     if isinstance(model, torch.nn.Module): loaded, path = model, model.config._name_or_path
     else:
         path = find_model(model)
+        if is_emulator(path) and (missing := emulator_config(path).bypassed): raise EmlocError(f"emulator {path} does without the first {len(missing)} blocks of its model, and only computes with anchors, in training; evaluate the adapter on the model")
         try: loaded = load_emulator(path) if is_emulator(path) else load_whole(path)
         except (KeyError, RuntimeError, OSError, ValueError) as error:
             if isinstance(error, EmlocError): raise

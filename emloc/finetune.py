@@ -161,6 +161,7 @@ def train_adapter(
     "Stage 2: a LoRA trained on the emulator. Raises `EmlocError` for rows, targets or LoRA options that cannot work."
     out, source, team = check_out(out), emulator_config(emulator), processes()
     if len(train) == 0: raise EmlocError("there are no training rows; give at least one")
+    if source.bypassed and anchors is None: raise EmlocError(f"emulator {emulator} does without the first {len(source.bypassed)} blocks of its model; what comes out of them must be anchors: train with anchors, or in rounds")
     args = args or training_args(f"{out}.checkpoints")
     torch.manual_seed(args.seed)
     model, tokenizer = wrap(load_emulator(emulator), lora), load_tokenizer(emulator)
@@ -191,6 +192,7 @@ def save_raw(
         live = {n.removeprefix(PREFIX): m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
         adapter.config.rank_pattern = {n: live[n].r["default"] for n in adapter.pairs}
         adapter.config.alpha_pattern = {n: live[n].lora_alpha["default"] for n in adapter.pairs}
+    if source.bypassed: adapter.config.target_modules = sorted(adapter.pairs) # by their endings PEFT would find those of the other blocks too
     adapter.config.base_model_name_or_path = str(emulator)
     adapter.info = {"emulator": str(emulator), "model": source.base_model, "model_fingerprint": source.base_fingerprint}
     if anchors: adapter.info["anchors"] = {k: anchors.info[k] for k in ("every", "stored", "again") if k in anchors.info}

@@ -20,8 +20,9 @@ from .model import Checkpoint, dense_weight, model_class
 from .packed import QuantizedLinear, layout, restored
 
 # %% auto #0
-__all__ = ['EMULATED', 'LowRankLinear', 'EmulatorConfig', 'EmulatorQuantizer', 'register_emulators', 'tolerant', 'put_pairs',
-           'chosen', 'put_emulated', 'emulator_config', 'check_base', 'is_emulator', 'load_emulator', 'emulator_weight']
+__all__ = ['EMULATED', 'LowRankLinear', 'EmulatorConfig', 'Bypass', 'EmulatorQuantizer', 'register_emulators', 'tolerant',
+           'put_pairs', 'chosen', 'put_emulated', 'emulator_config', 'check_base', 'is_emulator', 'load_emulator',
+           'emulator_weight']
 
 # %% ../nbs/04_lowrank.ipynb #e7905177
 class LowRankLinear(nn.Module):
@@ -48,9 +49,26 @@ class LowRankLinear(nn.Module):
 # %% ../nbs/04_lowrank.ipynb #047cd7c8
 class EmulatorConfig(QuantizationConfigMixin):
     "What config.json says of an emulator: ranks or bits by module name, and the model that it emulates."
-    def __init__(self, ranks=None, base_model=None, base_fingerprint=None, ratio=None, metric="activation", bits=None, **kwargs):
+    def __init__(self, ranks=None, base_model=None, base_fingerprint=None, ratio=None, metric="activation", bits=None, bypassed=None, **kwargs):
         self.quant_method = "emloc"
+        self.bypassed = bypassed or {} # {block that is not there: whether its output comes in a tuple}
         self.bits, self.ranks, self.base_model, self.base_fingerprint, self.ratio, self.metric = bits or {}, ranks or {}, base_model, base_fingerprint, ratio, metric
+
+class Bypass(nn.Module):
+    "In the place of a block that an emulator does without: what goes in comes out."
+    in_features = None # it counts as one of the blocks
+
+    def __init__(
+        self,
+        block: nn.Module, # that is not there
+        in_tuple: bool = False, # whether its output comes in a tuple
+    ):
+        super().__init__()
+        for name, value in vars(block).items(): # that the model may ask its blocks for, such as the kind of attention
+            if not name.startswith("_") and isinstance(value, (str, int)): setattr(self, name, value)
+        self.in_tuple = in_tuple
+
+    def forward(self, hidden_states, *args, **kwargs): return (hidden_states,) if self.in_tuple else hidden_states
 
 class EmulatorQuantizer(HfQuantizer):
     "Puts the emulated linears in place before transformers loads the weights."
@@ -103,7 +121,8 @@ def put_emulated(
     model: nn.Module, # a model or skeleton, changed in place
     config: EmulatorConfig,
 ):
-    "Replace the linears that an emulator has in another form, by empty ones of that form."
+    "Replace the linears that an emulator has in another form, by empty ones of that form, and blocks that it does without."
+    for name, in_tuple in config.bypassed.items(): model.set_submodule(name, Bypass(model.get_submodule(name), in_tuple))
     for name, size in (config.ranks | config.bits).items():
         linear = model.get_submodule(name)
         out, in_ = dense_weight(linear).shape

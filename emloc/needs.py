@@ -16,6 +16,7 @@ from .correct import CANDIDATES
 from .geometry import bare_model, find_config, n_bytes
 from .lowrank import chosen, put_emulated
 from .model import block_linears, block_names, linear_shapes
+from .rank import of_last
 from .simulate import extrapolate, highest, inference_peaks, main_blocks, shorten, training_peaks
 from .streamed import BATCHES, anchoring_peaks, building_peaks, correcting_peaks, polishing_peaks
 
@@ -53,9 +54,10 @@ class Shapes:
     def __init__(self, model):
         (self.config, self.dtype), self.made = find_config(model), {}
         whole = self.whole()
+        self.names = block_names(whole)
         self.main, self.shapes, self.bytes = len(main_blocks(whole)), linear_shapes(whole), n_bytes(whole)
         self.width, self.item = whole.get_input_embeddings().weight.shape[1], torch.empty(0, dtype=self.dtype).element_size()
-        blocks = {n: n_bytes(whole.get_submodule(n)) for n in block_names(whole)}
+        blocks = {n: n_bytes(whole.get_submodule(n)) for n in self.names}
         self.block, self.dense = max(blocks.values()), self.bytes - sum(blocks.values())
         first = main_blocks(whole)[0] # the block that is simulated
         self.larger = self.block - blocks[first]
@@ -75,7 +77,13 @@ class Shapes:
         put_emulated(model, chosen({n: k for n, k in choice.items() if n in present}))
         return model
 
-    def emulator_bytes(self, choice: dict) -> int: return n_bytes(self.emulator(choice))
+    def share(self, last: int | None) -> float: # of the linears' parameters, that the last blocks have
+        numbers = lambda shapes: sum(out * in_ for out, in_ in shapes.values())
+        return numbers(of_last(self.shapes, None, self.names, last)[0]) / numbers(self.shapes)
+
+    def emulator_bytes(self, choice: dict, first: int = 0) -> int: # without the blocks before the first
+        model = self.emulator(choice)
+        return n_bytes(model) - sum(n_bytes(model.get_submodule(n)) for n in self.names[:first])
 
     def hidden(self, rows: int, seq_len: int) -> int: return rows * seq_len * self.width * self.item # bytes of all hidden states
 
@@ -143,12 +151,13 @@ def anchoring(
     batch_size: int, # rows that go through a block together
     seq_len: int, # tokens
     every: int = 1, # an anchor after each so many blocks
+    first: int = 0, # block that the emulator has
 ) -> Need:
     "Anchors. Both walks keep hidden states, and the residuals of all rows are computed at once, in float32."
     batch_size = min(batch_size, rows)
     peaks, all = anchoring_peaks(s.whole(1), s.emulator(choice, 1), batch_size, seq_len), s.hidden(rows, seq_len)
     host = max(p.get("waiting", 0) for p in peaks.values()) * all // s.hidden(BATCHES * batch_size, seq_len)
-    disk = anchor_bytes(rows * seq_len, s.width, len(anchored_blocks(s.main, every))) + 4 * all
+    disk = anchor_bytes(rows * seq_len, s.width, len(anchored_blocks(s.main, every, first))) + 4 * all
     return walking(s, f"anchors, {rows} rows", peaks, host, s.hidden(batch_size, seq_len), disk=disk)
 
 def polishing(
@@ -171,9 +180,10 @@ def training(
     name: str, # of the stage
     make, # function (number of blocks) -> skeleton
     settings: dict, # batch_size, seq_len, completion, checkpointing, lora
+    blocks: int | None = None, # that it has; None: all of the model's
 ) -> Need:
     "The fullest moment of a training step."
-    moment, parts = highest(extrapolate(lambda blocks: training_peaks(make(blocks), **settings), s.main))
+    moment, parts = highest(extrapolate(lambda some: training_peaks(make(some), **settings), blocks or s.main))
     return Need(name, parts | {"workspace": parts.get("workspace", 0) + s.runtime("step")}, 0, moment, parts["lora"])
 
 def quantised(

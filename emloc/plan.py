@@ -13,7 +13,7 @@ from .data import EmlocError
 from .emulator import FORMS, choose_bits
 from .fisher import METRICS
 from .needs import KINDS, Shapes, anchoring, building, correcting, polishing, training, whole_model
-from .rank import check_ratio, uniform
+from .rank import check_ratio, of_last, uniform
 
 # %% auto #0
 __all__ = ['UNITS', 'LEAST', 'parse_bytes', 'Plan', 'fit_ratio', 'plan_memory', 'advise']
@@ -79,12 +79,13 @@ def fit_ratio(
     peak, # function (ratio) -> bytes
     budget: int, # bytes
     least: float = LEAST["lowrank"],
+    most: float = 1.0,
 ) -> float | None: # the largest ratio that fits, to a thousandth; None if not even the least does
     "The largest ratio whose peak is within the budget."
-    low, high = peak(least), peak(0.5)
+    low, high = peak(least), peak(most / 2)
     if low > budget: return None
-    slope = max((high - low) / (0.5 - least), 1)
-    ratio = min(1.0, int(1000 * (least + (budget - low) / slope)) / 1000)
+    slope = max((high - low) / (most / 2 - least), 1)
+    ratio = min(most, int(1000 * (least + (budget - low) / slope)) / 1000)
     while ratio > least and (over := peak(ratio) - budget) > 0: ratio = max(least, ratio - max(0.002, over / slope))
     return ratio
 
@@ -104,27 +105,31 @@ def plan_memory(
     form: str = "lowrank", # of the emulator, or quantized
     train_rows: int = 1000, # that get anchors, if they are wanted
     anchor_every: int = 1, # an anchor after each so many blocks
+    last: int | None = None, # blocks that the emulator has, from the end; None: all
 ) -> Plan:
     "What each stage will need. Raises `EmlocError` for a model without config, and a budget or ratio that is none."
     budget, s = None if budget is None else parse_bytes(budget), Shapes(model)
     if min(batch_size, seq_len, rows, train_rows, walk_batch) < 1: raise EmlocError(f"batch size {batch_size}, length {seq_len}, rows {rows} and {train_rows}, rows in a block {walk_batch}: each must be at least 1")
     if metric not in METRICS: raise EmlocError(f"metric {metric!r}: must be one of {', '.join(METRICS)}")
     if form not in FORMS: raise EmlocError(f"form {form!r}: must be one of {', '.join(FORMS)}")
-    choose = (lambda ratio: choose_bits(s.shapes, ratio, s.dtype)) if form == "quantized" else (lambda ratio: uniform(s.shapes, ratio))
+    share, first = s.share(last), len(s.names) - last if last else 0
+    def choose(ratio): # for every block, though the emulator may have only the last
+        there = of_last(s.shapes, ratio, s.names, last)[1]
+        return choose_bits(s.shapes, there, s.dtype) if form == "quantized" else uniform(s.shapes, there)
     settings = {"batch_size": batch_size, "seq_len": seq_len, "completion": completion, "checkpointing": checkpointing, "lora": lora}
     @cache # the search, the plan and the advice ask for the same ratios
     def stage_2(ratio, **other):
         choice = choose(ratio)
-        return training(s, "2 LoRA on the emulator", lambda blocks: s.emulator(choice, blocks), settings | other)
+        return training(s, "2 LoRA on the emulator", lambda blocks: s.emulator(choice, blocks), settings | other, last)
     if ratio is not None: check_ratio(ratio)
-    elif budget: ratio = fit_ratio(lambda r: stage_2(r).peak, budget, LEAST[form])
+    elif budget: ratio = fit_ratio(lambda r: stage_2(r).peak, budget, share * LEAST[form], share)
     ratio = ratio or 0.25
     choice, second, rank = choose(ratio), stage_2(ratio), lora.r if lora else 8
     stages = [building(s, choice, rows, walk_batch, seq_len, metric=metric, completion=completion), second, correcting(s, choice, rank, max(1, rows // 8), walk_batch, seq_len, completion)]
-    options = [anchoring(s, choice, train_rows, walk_batch, seq_len, anchor_every), polishing(s, rank, seq_len, completion)]
-    plan = Plan(str(model), ratio, choice if form == "lowrank" else {}, stages, options, whole_model(s, settings),
-                {k: v for k, v in settings.items() if k != "lora"} | {"lora_rank": rank, "calibration_rows": rows, "metric": metric, "form": form, "train_rows": train_rows},
-                s.bytes, s.emulator_bytes(choice), budget)
+    options = [anchoring(s, choice, train_rows, walk_batch, seq_len, anchor_every, first), polishing(s, rank, seq_len, completion)]
+    plan = Plan(str(model), ratio, {n: k for n, k in choice.items() if n in of_last(s.shapes, None, s.names, last)[0]} if form == "lowrank" else {}, stages, options, whole_model(s, settings),
+                {k: v for k, v in settings.items() if k != "lora"} | {"lora_rank": rank, "calibration_rows": rows, "metric": metric, "form": form, "train_rows": train_rows, "last": last},
+                s.bytes, s.emulator_bytes(choice, first), budget)
     if not plan.fits: plan.advice = advise(plan, s, settings, stage_2)
     return plan
 
@@ -143,7 +148,7 @@ def advise(plan: Plan, s: Shapes, settings: dict, stage_2) -> list: # lines
         for name, other in tries.items():
             found = stage_2(plan.ratio, **other).peak
             if found <= plan.budget: lines.append(f"  With {name} it needs {found / 2**30:.2f} GiB and fits.")
-        least = LEAST[plan.settings.get("form", "lowrank")]
+        least = s.share(plan.settings.get("last")) * LEAST[plan.settings.get("form", "lowrank")]
         smallest = stage_2(least).peak
-        lines.append(f"  The smallest useful emulator (ratio {least}) needs {smallest / 2**30:.2f} GiB" + ("; take a smaller --ratio." if smallest <= plan.budget else ", which does not fit either."))
+        lines.append(f"  The smallest useful emulator (ratio {least:.2g}) needs {smallest / 2**30:.2f} GiB" + ("; take a smaller --ratio." if smallest <= plan.budget else ", which does not fit either."))
     return lines

@@ -30,12 +30,12 @@ def lora_gradient(
     pairs: dict, # {module: (A, B, s)}, A and B leaf tensors; their .grad is added to
 ) -> float: # the loss, nats per token of the completions
     "The exact gradient of the mean loss, by one walk forward and one backward."
-    inputs = []
+    inputs, first = [], next(i for i, name in enumerate(walk.names) if any(n.startswith(f"{name}.") for n in pairs)) # no gradient is needed before that
     for step in walk:
-        inputs.append(list(walk.hidden[0]))
+        if step.index >= first: inputs.append(list(walk.hidden[0]))
         with with_lora(step, pairs): step.run()
     total, gradients = loss_gradient(walk)
-    for index in reversed(range(len(walk))):
+    for index in reversed(range(first, len(walk))):
         with walk.block(index) as step, with_lora(step, pairs): back_through(step, inputs.pop(), gradients)
     walk.hidden[0] = [None] * len(walk.batches)
     return total

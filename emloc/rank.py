@@ -11,7 +11,7 @@ from .data import EmlocError
 from .spectrum import Spectrum
 
 # %% auto #0
-__all__ = ['check_ratio', 'break_even', 'uniform', 'by_spectrum']
+__all__ = ['check_ratio', 'break_even', 'uniform', 'of_last', 'by_spectrum']
 
 # %% ../nbs/11_rank.ipynb #007c3ba9
 def check_ratio(
@@ -36,6 +36,22 @@ def uniform(
     if check_ratio(ratio) == 1: return {}
     ranks = {n: max(1, int(ratio * out * in_ / (out + in_))) for n, (out, in_) in shapes.items()}
     return {n: k for n, k in ranks.items() if k * sum(shapes[n]) < shapes[n][0] * shapes[n][1]}
+
+# %% ../nbs/11_rank.ipynb #2e5e797d
+def of_last(
+    shapes: dict, # {name: (out, in)}, linears of all blocks
+    ratio: float | None, # of all their parameters, or bytes
+    blocks: list, # names of the blocks, in order
+    last: int | None, # how many of them, from the end; None: all
+) -> tuple: # (the shapes of these, the ratio of these that has as many)
+    "Where the bytes go. Raises `EmlocError` when the last blocks do not have so many."
+    if last is None: return shapes, ratio
+    if not 1 <= last <= len(blocks): raise EmlocError(f"the last {last} blocks: this model has {len(blocks)}; give 1 to {len(blocks)}")
+    begins, size = tuple(f"{b}." for b in blocks[-last:]), lambda shapes: sum(out * in_ for out, in_ in shapes.values())
+    found = {n: s for n, s in shapes.items() if n.startswith(begins)}
+    more = ratio and ratio * size(shapes) / size(found)
+    if more and more > 1 + 1e-9: raise EmlocError(f"ratio {ratio:g} of all linears is more than the last {last} of {len(blocks)} blocks have ({size(found) / size(shapes):.3f}); give a smaller ratio, or more blocks")
+    return found, more and min(1.0, more)
 
 # %% ../nbs/11_rank.ipynb #5a89a803
 def by_spectrum(

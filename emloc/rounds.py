@@ -17,7 +17,7 @@ from peft.tuners.lora.layer import LoraLayer
 from .adapter import PREFIX, pairs_hash
 from .anchor import Anchors, anchored_blocks, compute_anchors
 from .data import EmlocError
-from .lowrank import check_base
+from .lowrank import check_base, emulator_config
 from .model import Checkpoint, block_names, find_model
 from .output import processes
 from .walk import bare
@@ -81,7 +81,7 @@ class Rounds(Anchors):
         model, # the emulator with a LoRA
     ):
         self.peft = model
-        self.info["blocks"] = anchored_blocks(len(block_names(model)), self.every)
+        self.info["blocks"] = anchored_blocks(len(block_names(model)), self.every, len(emulator_config(self.emulator).bypassed))
         with super().attached(model): yield
         for old in self.folder.glob("anchors-*") if processes().is_main_process else (): shutil.rmtree(old)
 
