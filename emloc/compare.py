@@ -22,8 +22,11 @@ from .emulator import build_emulator
 from .evaluate import evaluate_task
 from .explore import BLUE, GREEN, GREY, ORANGE, PINK
 from .finetune import train_adapter, train_on_model, training_args
+from .model import Checkpoint, block_names, find_model, linear_shapes, skeleton
 from .output import check_same, write_json
+from .pairlora import lora_config
 from .polish import polish_adapter
+from .rank import of_last
 from .rounds import Rounds
 
 # %% auto #0
@@ -44,10 +47,10 @@ class Method:
     form: str = "lowrank" # of the emulator
     ratio: float | None = None # of the emulator; None: the setting's
     stored: str = "bfloat16" # how anchors are stored
-    last: int | None = None # blocks of the emulator, from the end; None: all
+    last: float = 1.0 # share of the blocks, from the end, that the emulator has, or that the LoRA on the model is on
 
     def kind(self) -> str: # of the emulator, in the names of folders
-        return ("quantized" if self.form == "quantized" else self.metric or "model") + (f"-{self.ratio:g}" if self.ratio else "") + (f"-last-{self.last}" if self.last else "")
+        return ("quantized" if self.form == "quantized" else self.metric or "model") + (f"-{self.ratio:g}" if self.ratio else "") + (f"-last-{self.last:g}" if self.last < 1 else "")
 
     def spacing(self) -> str: # of the anchors, in the names of folders
         return f"{self.every}" + (f"-{self.stored}" if self.stored != "bfloat16" else "")
@@ -57,7 +60,9 @@ METHODS = [Method("LoRA on the model"), Method("EMLoC", "activation"), Method("E
            Method("quantized, no anchors", "activation", form="quantized"), Method("quantized, anchors in rounds", "activation", 1, 25, form="quantized"),
            Method("quantized, rounds, 10 exact steps", "activation", 1, 25, polish=10, gently=0.2, form="quantized"),
            Method("quantized to 0.1, anchors in rounds", "activation", 1, 25, form="quantized", ratio=0.1),
-           Method("quantized to 0.1, rounds, 10 exact steps", "activation", 1, 25, polish=10, gently=0.2, form="quantized", ratio=0.1)]
+           Method("quantized to 0.1, rounds, 10 exact steps", "activation", 1, 25, polish=10, gently=0.2, form="quantized", ratio=0.1),
+           Method("quantized to 0.1, the last 40% of the blocks, anchors in rounds", "activation", 1, 25, form="quantized", ratio=0.1, last=0.4),
+           Method("quantized to 0.1, the last 40% of the blocks, rounds, 10 exact steps", "activation", 1, 25, polish=10, gently=0.2, form="quantized", ratio=0.1, last=0.4)]
 
 # %% ../nbs/69_compare.ipynb #ed88aafa
 def with_reference(methods: list) -> list: return [METHODS[0], *(m for m in methods if m.metric)] # it comes first
@@ -101,9 +106,15 @@ class Comparison:
         if not (self.out / name).is_dir(): make(self.out / name)
         return self.out / name
 
+    def last(self, method: Method) -> tuple: # (how many blocks it is about, from the end; names of their linears); (None, 'all-linear'): all
+        if method.last == 1: return None, "all-linear"
+        whole = skeleton(Checkpoint(find_model(self.setting.model)))
+        count = max(1, round(method.last * len(block_names(whole))))
+        return count, list(of_last(linear_shapes(whole), None, block_names(whole), count)[0])
+
     def emulator(self, method: Method) -> Path:
         s = self.setting
-        return self.made(f"emulator-{method.kind()}", lambda path: build_emulator(s.model, self.task.calibration(s.calibration), path, ratio=method.ratio or s.ratio, metric=method.metric, form=method.form, last=method.last))
+        return self.made(f"emulator-{method.kind()}", lambda path: build_emulator(s.model, self.task.calibration(s.calibration), path, ratio=method.ratio or s.ratio, metric=method.metric, form=method.form, last=self.last(method)[0]))
 
     def anchors(self, method: Method):
         if not method.every: return None
@@ -119,7 +130,9 @@ class Comparison:
     def adapter(self, method: Method, seed: int, rate: float) -> Path: # for the whole model
         s, (raw, *more) = self.setting, self.folders(method, seed, rate)
         args = lambda path: training_args(f"{path}.checkpoints", steps=s.steps, lr=rate, batch_size=s.batch_size, seed=seed, save_strategy="no")
-        if not method.metric: return self.made(raw, lambda path: train_on_model(s.model, self.train, path, args(path)))
+        if not method.metric:
+            lora = lora_config(targets=self.last(method)[1])
+            return self.made(raw, lambda path: train_on_model(s.model, self.train, path, args(path), lora))
         trained = self.made(raw, lambda path: train_adapter(self.emulator(method), self.train, path, args=args(path), anchors=self.anchors(method)))
         plain = self.made(more[0], lambda path: correct_adapter(trained, self.emulator(method), s.model, path, mode=method.mode, calibration=self.task.calibration(128), held_out=self.task.validation))
         if not method.polish: return plain

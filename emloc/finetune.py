@@ -204,11 +204,12 @@ def train_on_model(
     train, # rows with prompt and completion
     out, # the adapter directory to write
     args: TrainingArguments,
+    lora: LoraConfig | None = None, # by default lora_config()
 ) -> Path: # a PEFT adapter directory, for the model
     "Ordinary LoRA training, with the whole model in memory."
     path = find_model(model)
     torch.manual_seed(args.seed)
-    lora = wrap(load_whole(path))
-    train_lora(lora, train, args, tokenizer=load_tokenizer(path))
-    with new_directory(out) as folder: lora.save_pretrained(folder)
+    wrapped = wrap(load_whole(path), lora)
+    train_lora(wrapped, train, args, tokenizer=load_tokenizer(path))
+    with new_directory(out) as folder: wrapped.save_pretrained(folder)
     return Path(out)
