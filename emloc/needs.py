@@ -151,7 +151,7 @@ def anchoring(
     batch_size: int, # rows that go through a block together
     seq_len: int, # tokens
     every: int = 1, # an anchor after each so many blocks
-    first: int = 0, # block that the emulator has
+    first: int = 0, # block of the main list that the emulator has
 ) -> Need:
     "Anchors. Both walks keep hidden states, and the residuals of all rows are computed at once, in float32."
     batch_size = min(batch_size, rows)
@@ -180,7 +180,7 @@ def training(
     name: str, # of the stage
     make, # function (number of blocks) -> skeleton
     settings: dict, # batch_size, seq_len, completion, checkpointing, lora
-    blocks: int | None = None, # that it has; None: all of the model's
+    blocks: int | None = None, # of the main list; None: all
 ) -> Need:
     "The fullest moment of a training step."
     moment, parts = highest(extrapolate(lambda some: training_peaks(make(some), **settings), blocks or s.main))

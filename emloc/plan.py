@@ -112,24 +112,24 @@ def plan_memory(
     if min(batch_size, seq_len, rows, train_rows, walk_batch) < 1: raise EmlocError(f"batch size {batch_size}, length {seq_len}, rows {rows} and {train_rows}, rows in a block {walk_batch}: each must be at least 1")
     if metric not in METRICS: raise EmlocError(f"metric {metric!r}: must be one of {', '.join(METRICS)}")
     if form not in FORMS: raise EmlocError(f"form {form!r}: must be one of {', '.join(FORMS)}")
-    share, first = s.share(last), len(s.names) - last if last else 0
+    there, share = of_last(s.shapes, None, s.names, last)[0], s.share(last)
     def choose(ratio): # for every block, though the emulator may have only the last
-        there = of_last(s.shapes, ratio, s.names, last)[1]
-        return choose_bits(s.shapes, there, s.dtype) if form == "quantized" else uniform(s.shapes, there)
+        own = of_last(s.shapes, ratio, s.names, last)[1]
+        return choose_bits(s.shapes, own, s.dtype) if form == "quantized" else uniform(s.shapes, own)
     settings = {"batch_size": batch_size, "seq_len": seq_len, "completion": completion, "checkpointing": checkpointing, "lora": lora}
     @cache # the search, the plan and the advice ask for the same ratios
     def stage_2(ratio, **other):
         choice = choose(ratio)
-        return training(s, "2 LoRA on the emulator", lambda blocks: s.emulator(choice, blocks), settings | other, last)
+        return training(s, "2 LoRA on the emulator", lambda blocks: s.emulator(choice, blocks), settings | other, min(last or s.main, s.main))
     if ratio is not None: check_ratio(ratio)
     elif budget: ratio = fit_ratio(lambda r: stage_2(r).peak, budget, share * LEAST[form], share)
     ratio = ratio or 0.25
     choice, second, rank = choose(ratio), stage_2(ratio), lora.r if lora else 8
     stages = [building(s, choice, rows, walk_batch, seq_len, metric=metric, completion=completion), second, correcting(s, choice, rank, max(1, rows // 8), walk_batch, seq_len, completion)]
-    options = [anchoring(s, choice, train_rows, walk_batch, seq_len, anchor_every, first), polishing(s, rank, seq_len, completion)]
-    plan = Plan(str(model), ratio, {n: k for n, k in choice.items() if n in of_last(s.shapes, None, s.names, last)[0]} if form == "lowrank" else {}, stages, options, whole_model(s, settings),
+    options = [anchoring(s, choice, train_rows, walk_batch, seq_len, anchor_every, max(0, s.main - (last or s.main))), polishing(s, rank, seq_len, completion)]
+    plan = Plan(str(model), ratio, {n: k for n, k in choice.items() if n in there} if form == "lowrank" else {}, stages, options, whole_model(s, settings),
                 {k: v for k, v in settings.items() if k != "lora"} | {"lora_rank": rank, "calibration_rows": rows, "metric": metric, "form": form, "train_rows": train_rows, "last": last},
-                s.bytes, s.emulator_bytes(choice, first), budget)
+                s.bytes, s.emulator_bytes(choice, len(s.names) - (last or len(s.names))), budget)
     if not plan.fits: plan.advice = advise(plan, s, settings, stage_2)
     return plan
 
