@@ -11,6 +11,7 @@ from functools import lru_cache
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from .arithmetic import scratch, working_dtype
 from .data import EmlocError
@@ -25,7 +26,7 @@ def gaussian_levels(
     levels: int, # k, how many
 ) -> torch.Tensor: # (k,) float32, ascending; numbers that bfloat16 holds as well
     "The levels that round standard normal numbers with the least squared error (Lloyd 1982, Max 1960)."
-    with torch.device("cpu"):
+    with torch.device("cpu"), _disable_current_modes(): # real numbers also where a plan pretends, because they are kept
         found = torch.special.ndtri((torch.arange(levels, dtype=torch.float64) + 0.5) / levels) * 3 ** 0.5 # near the answer for many levels (Panter and Dite 1951)
         for _ in range(2000):
             borders = torch.cat([torch.tensor([-40.]), (found[1:] + found[:-1]) / 2, torch.tensor([40.])])

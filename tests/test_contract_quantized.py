@@ -11,6 +11,7 @@ from emloc.emulator import build_emulator
 from emloc.lowrank import emulator_config, emulator_weight, load_emulator
 from emloc.model import Checkpoint, Conv1D, block_linears, skeleton
 from emloc.packed import PER_BYTE, QuantizedLinear, as_stored, gaussian_levels, layout, meanings, pack_numbers, restored
+from emloc.plan import plan_memory
 from emloc.rounding import quantize
 from emloc.spectrum import Gram
 
@@ -170,3 +171,9 @@ def test_what_a_quantized_emulator_cannot_be_leaves_nothing(options, message, ll
 
 def test_an_unknown_form_is_refused(llama, rows, tmp_path):
     with pytest.raises(EmlocError, match="lowrank, quantized"): build_emulator(llama, rows, tmp_path / "emulator", form="packed", ratio=0.2)
+
+
+def test_levels_that_a_plan_asks_for_first_are_real(llama):
+    gaussian_levels.cache_clear()
+    plan_memory(llama, ratio=0.15, batch_size=2, seq_len=8, form="quantized")
+    assert all(type(gaussian_levels(k)) is torch.Tensor for k in PER_BYTE)
