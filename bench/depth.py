@@ -6,11 +6,10 @@ Trains with anchors in rounds of 25 steps on quantized emulators of ratio 0.1, b
 """
 import argparse
 import json
-import statistics
 from pathlib import Path
 
 import machine
-from emloc.compare import METHODS, Comparison, Method, Setting, share
+from emloc.compare import METHODS, Comparison, Method, Setting
 from emloc.data import load_task
 from emloc.model import Checkpoint, block_names, find_model, skeleton
 
@@ -20,11 +19,9 @@ emulated = lambda last: Method(f"emulator, {last:.2g}", "activation", 1, 25, for
 VARIANTS = [*map(emulated, SHARES), *(Method(f"LoRA on the model, {last:.2g}", last=last) for last in SHARES[1:])]
 
 
-def cell(comparison: Comparison, method: Method, seeds: list) -> dict | None:
-    "Recovered of accuracy and NLL, mean over the seeds that were run."
-    found = [(comparison.found(method, seed, RATE), comparison.found(METHODS[0], seed, RATE)) for seed in seeds]
-    found, untouched = [pair for pair in found if None not in pair], comparison.score(None)
-    return {"seeds": len(found)} | {k: statistics.mean(share(score[k], untouched[k], best[k]) for score, best in found) for k in ("accuracy", "nll")} if found else None
+def cell(found: dict | None) -> str: # of a table
+    if not found: return "–"
+    return " / ".join("–" if found[k] is None else f"{found[k]:.3f}" for k in ("accuracy", "nll")) + f" ({found['seeds']} seed{'s' * (found['seeds'] > 1)})"
 
 
 if __name__ == "__main__":
@@ -37,17 +34,17 @@ if __name__ == "__main__":
     comparisons = {task: Comparison(load_task(task), args.out / task, Setting()) for task in args.tasks}
     for comparison in comparisons.values():
         comparison.begin()
+        comparison.score(None)
         for seed in args.seeds if not args.known else ():
             for method in [METHODS[0], *VARIANTS]: comparison.tried(method, seed, RATE)
     blocks, about, rows = len(block_names(skeleton(Checkpoint(find_model("default"))))), machine.describe(), []
     lines = ["SmolLM2-135M-Instruct, rounds of 25 steps, ratio 0.1: recovered of the accuracy / of the NLL", "", f"| | {' | '.join(args.tasks)} |", "| --- " * (len(args.tasks) + 1) + "|"]
     for method in VARIANTS:
         count = round(method.last * blocks)
-        row = {"method": "emulator" if method.metric else "LoRA on the model", "blocks": count, "tasks": {task: cell(c, method, args.seeds) for task, c in comparisons.items()}}
+        row = {"method": "emulator" if method.metric else "LoRA on the model", "blocks": count, "tasks": {task: c.recovered(method, args.seeds, RATE) for task, c in comparisons.items()}}
         rows.append(row)
-        cells = [f"{s['accuracy']:.3f} / {s['nll']:.3f} ({s['seeds']} seed{'s' * (s['seeds'] > 1)})" if s else "–" for s in row["tasks"].values()]
         which = f"all {blocks} blocks" if count == blocks else f"the last {count} of {blocks} blocks"
-        lines.append(f"| {f'emulator of {which}' if method.metric else f'LoRA on the model itself, on {which}'} | {' | '.join(cells)} |")
+        lines.append(f"| {f'emulator of {which}' if method.metric else f'LoRA on the model itself, on {which}'} | {' | '.join(map(cell, row['tasks'].values()))} |")
     markdown = "\n".join([*lines, "", f"({machine.line(about)}.)"])
     (HERE / "results" / "depth.json").write_text(json.dumps({"machine": about, "rows": rows, "markdown": markdown}, indent=1) + "\n")
     print(markdown)

@@ -6,12 +6,11 @@ Trains on the quantized emulator with anchors in rounds of 25 steps, beside what
 """
 import argparse
 import json
-import statistics
 from pathlib import Path
 
 import machine
 from emloc.anchor import anchor_bytes, anchored_blocks
-from emloc.compare import METHODS, Comparison, Method, Setting, share
+from emloc.compare import METHODS, Comparison, Method, Setting
 from emloc.data import encode_rows, load_task, load_tokenizer
 from emloc.model import Checkpoint, block_names, find_model, skeleton
 
@@ -21,11 +20,6 @@ HERE = Path(__file__).parent
 def variants(blocks: int) -> list: # of the method "quantized, anchors in rounds"
     make = lambda every, stored="bfloat16": Method(f"every {every}, {stored}", "activation", every, 25, form="quantized", stored=stored)
     return [*(make(k) for k in (1, 2, 6, blocks)), make(1, "int8"), Method("none", "activation", form="quantized")]
-
-
-def known(comparison: Comparison, method: Method, seeds: list) -> list: # (score, that of the reference), of the seeds that were run
-    pairs = ((comparison.found(method, seed, 1e-3), comparison.found(METHODS[0], seed, 1e-3)) for seed in seeds)
-    return [(score, reference) for score, reference in pairs if score and reference]
 
 
 if __name__ == "__main__":
@@ -44,14 +38,13 @@ if __name__ == "__main__":
     for seed in args.seeds:
         for method in [METHODS[0], *variants(blocks)]:
             if args.only is None or method.name in args.only or method is METHODS[0]: comparison.tried(method, seed, 1e-3)
-    rows, untouched = [], comparison.score(None)
+    rows = []
     tokens = sum(map(len, encode_rows(comparison.train, load_tokenizer(path))["input_ids"])) / len(comparison.train) * 200
     for method in variants(blocks):
-        found = known(comparison, method, args.seeds)
+        found = comparison.recovered(method, args.seeds, 1e-3)
         if not found: continue
         stored = [anchor_bytes(n, hidden, len(anchored_blocks(blocks, method.every)), method.stored) if method.every else 0 for n in (1, round(tokens))]
-        shares = {k: statistics.mean(share(score[k], untouched[k], reference[k]) for score, reference in found) for k in ("accuracy", "nll")}
-        rows.append({"name": method.name, "every": method.every, "stored": method.stored, "bytes_per_token": stored[0], "bytes_per_round": stored[1], "seeds": len(found)} | {f"{k}_share": v for k, v in shares.items()})
+        rows.append({"name": method.name, "every": method.every, "stored": method.stored, "bytes_per_token": stored[0], "bytes_per_round": stored[1], "seeds": found["seeds"]} | {f"{k}_share": found[k] for k in ("accuracy", "nll")})
     about = machine.describe()
     lines = [f"SmolLM2-135M-Instruct, task {args.task}, quantized emulator of ratio 0.25, rounds of 25 steps of 8 rows, seed{'s' * (len(args.seeds) > 1)} {', '.join(map(str, args.seeds))}", "",
              "| an anchor after | stored as | bytes a token | on disk in a round, MB | recovered of the accuracy | recovered of the NLL |", "| --- | --- | --- | --- | --- | --- |"]

@@ -130,9 +130,7 @@ class Comparison:
     def adapter(self, method: Method, seed: int, rate: float) -> Path: # for the whole model
         s, (raw, *more) = self.setting, self.folders(method, seed, rate)
         args = lambda path: training_args(f"{path}.checkpoints", steps=s.steps, lr=rate, batch_size=s.batch_size, seed=seed, save_strategy="no")
-        if not method.metric:
-            lora = lora_config(targets=self.last(method)[1])
-            return self.made(raw, lambda path: train_on_model(s.model, self.train, path, args(path), lora))
+        if not method.metric: return self.made(raw, lambda path: train_on_model(s.model, self.train, path, args(path), lora_config(targets=self.last(method)[1])))
         trained = self.made(raw, lambda path: train_adapter(self.emulator(method), self.train, path, args=args(path), anchors=self.anchors(method)))
         plain = self.made(more[0], lambda path: correct_adapter(trained, self.emulator(method), s.model, path, mode=method.mode, calibration=self.task.calibration(128), held_out=self.task.validation))
         if not method.polish: return plain
@@ -151,6 +149,13 @@ class Comparison:
 
     def found(self, method: Method, seed: int, rate: float, validation: bool = False) -> dict | None: # accuracy, nll; None: not yet
         return self.known["scores"].get(self.key(self.folders(method, seed, rate)[-1], validation))
+
+    def recovered(self, method: Method, seeds, rate: float) -> dict | None: # seeds, accuracy, nll; None: no seed was run
+        "Mean shares over those of the seeds whose score and reference are known, at one learning rate; None where there is no accuracy."
+        found, untouched = [(self.found(method, seed, rate), self.found(METHODS[0], seed, rate)) for seed in seeds], self.known["scores"][self.key(None)]
+        found = [pair for pair in found if None not in pair]
+        shares = {k: [share(score[k], untouched[k], best[k]) for score, best in found] for k in ("accuracy", "nll")}
+        return {"seeds": len(found)} | {k: None if None in v else statistics.mean(v) for k, v in shares.items()} if found else None
 
     def rate(self, method: Method) -> float | None: # None while some are not scored
         "The learning rate with the lowest NLL on the validation rows, for the first seed."

@@ -103,8 +103,9 @@ def open_model(
     if isinstance(model, torch.nn.Module): loaded, path = model, model.config._name_or_path
     else:
         path = find_model(model)
-        if is_emulator(path) and (missing := emulator_config(path).bypassed): raise EmlocError(f"emulator {path} does without the first {len(missing)} blocks of its model, and only computes with anchors, in training; evaluate the adapter on the model")
-        try: loaded = load_emulator(path) if is_emulator(path) else load_whole(path)
+        emulated = is_emulator(path)
+        if emulated and (missing := emulator_config(path).bypassed): raise EmlocError(f"emulator {path} does without the first {len(missing)} blocks of its model, and only computes with anchors, in training; evaluate the adapter on the model")
+        try: loaded = load_emulator(path) if emulated else load_whole(path)
         except (KeyError, RuntimeError, OSError, ValueError) as error:
             if isinstance(error, EmlocError): raise
             raise EmlocError(f"model {path}: transformers cannot load it: {brief(error)}") from error

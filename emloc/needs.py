@@ -16,7 +16,7 @@ from .correct import CANDIDATES
 from .geometry import bare_model, find_config, n_bytes
 from .lowrank import chosen, put_emulated
 from .model import block_linears, block_names, linear_shapes
-from .rank import of_last
+from .rank import entries, of_last
 from .simulate import extrapolate, highest, inference_peaks, main_blocks, shorten, training_peaks
 from .streamed import BATCHES, anchoring_peaks, building_peaks, correcting_peaks, polishing_peaks
 
@@ -78,8 +78,7 @@ class Shapes:
         return model
 
     def share(self, last: int | None) -> float: # of the linears' parameters, that the last blocks have
-        numbers = lambda shapes: sum(out * in_ for out, in_ in shapes.values())
-        return numbers(of_last(self.shapes, None, self.names, last)[0]) / numbers(self.shapes)
+        return entries(of_last(self.shapes, None, self.names, last)[0]) / entries(self.shapes)
 
     def emulator_bytes(self, choice: dict, first: int = 0) -> int: # without the blocks before the first
         model = self.emulator(choice)
@@ -192,7 +191,7 @@ def quantised(
     bits: float = 4.127, # a weight in nf4 with double quantisation: 4 + 8/64 + 32/(64·256) (Dettmers et al. 2023, arXiv 2305.14314)
 ) -> Need:
     "QLoRA: the linears of the blocks in 4 bits, and the largest of them restored while it is used."
-    numbers = sum(out * in_ for out, in_ in s.shapes.values())
+    numbers = entries(s.shapes)
     parts = Counter(need.parts) + Counter(workspace=s.item * s.largest[0] * s.largest[1])
     parts["weights"] += int(numbers * (bits / 8 - s.item))
     return Need("QLoRA (4 bits) on the whole model", dict(parts), 0, need.moment, need.disk)

@@ -11,7 +11,7 @@ from .data import EmlocError
 from .spectrum import Spectrum
 
 # %% auto #0
-__all__ = ['check_ratio', 'break_even', 'uniform', 'of_last', 'by_spectrum']
+__all__ = ['check_ratio', 'entries', 'break_even', 'uniform', 'of_last', 'by_spectrum']
 
 # %% ../nbs/11_rank.ipynb #007c3ba9
 def check_ratio(
@@ -20,6 +20,9 @@ def check_ratio(
     "The ratio, if it is one. Raises `EmlocError` outside (0, 1]."
     if not 0 < ratio <= 1: raise EmlocError(f"ratio {ratio}: must be above 0 and at most 1; 0.25 keeps a quarter of the linears' parameters")
     return ratio
+
+def entries(shapes: dict) -> int: # parameters of all the weights of {name: (out, in)}
+    return sum(out * in_ for out, in_ in shapes.values())
 
 def break_even(
     shape: tuple, # (out, in)
@@ -47,10 +50,10 @@ def of_last(
     "Where the bytes go. Raises `EmlocError` when the last blocks do not have so many."
     if last is None: return shapes, ratio
     if not 1 <= last <= len(blocks): raise EmlocError(f"the last {last} blocks: this model has {len(blocks)}; give 1 to {len(blocks)}")
-    begins, size = tuple(f"{b}." for b in blocks[-last:]), lambda shapes: sum(out * in_ for out, in_ in shapes.values())
+    begins = tuple(f"{b}." for b in blocks[-last:])
     found = {n: s for n, s in shapes.items() if n.startswith(begins)}
-    more = ratio and ratio * size(shapes) / size(found)
-    if more and more > 1 + 1e-9: raise EmlocError(f"ratio {ratio:g} of all linears is more than the last {last} of {len(blocks)} blocks have ({size(found) / size(shapes):.3f}); give a smaller ratio, or more blocks")
+    more = ratio and ratio * entries(shapes) / entries(found)
+    if more and more > 1 + 1e-9: raise EmlocError(f"ratio {ratio:g} of all linears is more than the last {last} of {len(blocks)} blocks have ({entries(found) / entries(shapes):.3f}); give a smaller ratio, or more blocks")
     return found, more and min(1.0, more)
 
 # %% ../nbs/11_rank.ipynb #5a89a803
@@ -62,7 +65,7 @@ def by_spectrum(
     "Ranks that keep the most normalised output energy for the parameters spent; at least 1, at most what pays."
     if check_ratio(ratio) == 1: return {}
     ranks = dict.fromkeys(shapes, 1)
-    budget = ratio * sum(out * in_ for out, in_ in shapes.values()) - sum(sum(shapes[n]) for n in ranks)
+    budget = ratio * entries(shapes) - sum(sum(shapes[n]) for n in ranks)
     offers = []
     for name, shape in shapes.items():
         sigma = spectra[name].sigma if isinstance(spectra[name], Spectrum) else spectra[name]

@@ -17,7 +17,7 @@ from peft.tuners.lora.layer import LoraLayer
 from .adapter import PREFIX, pairs_hash
 from .anchor import Anchors, anchored_blocks, compute_anchors
 from .data import EmlocError
-from .lowrank import check_base, emulator_config
+from .lowrank import check_base
 from .model import Checkpoint, block_names, find_model
 from .output import processes
 from .walk import bare
@@ -58,8 +58,8 @@ class Rounds(Anchors):
     ):
         "Raises `EmlocError` unless the model is the emulator's."
         base = Checkpoint(find_model(self.model))
-        check_base(emulator, base, self.model)
-        self.emulator, self.info = emulator, {"every": self.every, "stored": self.stored, "again": self.again, "model": base.fingerprint()}
+        self.emulator, self.first = emulator, len(check_base(emulator, base, self.model).bypassed)
+        self.info = {"every": self.every, "stored": self.stored, "again": self.again, "model": base.fingerprint()}
 
     def numbered(
         self,
@@ -81,7 +81,7 @@ class Rounds(Anchors):
         model, # the emulator with a LoRA
     ):
         self.peft = model
-        self.info["blocks"] = anchored_blocks(len(block_names(model)), self.every, len(emulator_config(self.emulator).bypassed))
+        self.info["blocks"] = anchored_blocks(len(block_names(model)), self.every, self.first)
         with super().attached(model): yield
         for old in self.folder.glob("anchors-*") if processes().is_main_process else (): shutil.rmtree(old)
 

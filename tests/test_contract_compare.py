@@ -36,6 +36,19 @@ def test_every_method_with_every_seed_and_nothing_twice(setting, task, tmp_path,
     with pytest.raises(EmlocError, match="another ratio"): Comparison(task, tmp_path / "out", replace(setting, ratio=0.3)).run(METHODS)
 
 
+def test_mean_shares_of_the_seeds_that_are_known(setting, task, tmp_path):
+    comparison, method, rate = Comparison(task, tmp_path / "out", setting), METHODS[5], 1e-2
+    def keep(method, seed, accuracy, nll): comparison.known["scores"][comparison.key(comparison.folders(method, seed, rate)[-1])] = {"accuracy": accuracy, "nll": nll}
+    comparison.known["scores"][comparison.key(None)] = {"accuracy": 0.5, "nll": 8.0}
+    assert comparison.recovered(method, (0, 1, 2), rate) is None
+    for seed in (0, 1, 2): keep(METHODS[0], seed, 0.9, 4.0)
+    keep(method, 0, 0.9, 5.0)
+    keep(method, 1, 0.7, 6.0)
+    assert comparison.recovered(method, (0, 1, 2), rate) == {"seeds": 2, "accuracy": pytest.approx(0.75), "nll": pytest.approx(0.625)}
+    keep(method, 1, None, 6.0)
+    assert comparison.recovered(method, (0, 1), rate) == {"seeds": 2, "accuracy": None, "nll": pytest.approx(0.625)}
+
+
 def test_a_folder_of_something_else_is_left_alone(setting, task, tmp_path):
     (tmp_path / "mine").write_text("x")
     with pytest.raises(EmlocError, match="no comparison"): Comparison(task, tmp_path, setting).run(METHODS)

@@ -16,7 +16,7 @@ from emloc.finetune import lora_config, train_adapter, training_args
 from emloc.lowrank import Bypass, emulator_config, load_emulator
 from emloc.merge import merge_adapter
 from emloc.model import Checkpoint, block_names, linear_shapes, skeleton
-from emloc.pairlora import load_adapter
+from emloc.pairlora import wrap
 from emloc.polish import polish_adapter
 from emloc.rounds import Rounds, live_pairs
 
@@ -63,7 +63,6 @@ def test_with_anchors_it_is_the_model_around_any_lora(models, family, task, tmp_
 
 
 def load_adapter_like(emulator): # with a LoRA that does something
-    from emloc.pairlora import wrap
     small = wrap(load_emulator(emulator), lora_config(rank=2, alpha=4)).eval()
     for n, p in small.named_parameters():
         if "lora_B" in n: torch.nn.init.normal_(p, std=0.1)
