@@ -9,9 +9,9 @@ import math
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 
+from .arithmetic import PIECE, scratch
 from .data import EmlocError
 
 # %% auto #0
@@ -23,7 +23,7 @@ def strips(
     n: int, # of rows and columns
 ) -> list: # slices that cover them
     "A symmetric matrix is worked on strip by strip."
-    size = max(192, -(-n // 8))
+    size = max(96, -(-n // 8))
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 def add_symmetric(
@@ -32,8 +32,6 @@ def add_symmetric(
     b: torch.Tensor, # (m, n), such that aᵀb is symmetric
 ):
     "total += aᵀb, but only in the blocks on and above the diagonal."
-    if a is b and len(total) <= 2048 and type(a) is torch.Tensor and a.device.type == "cpu":
-        return total.add_(torch.from_numpy(np.dot(a.numpy().T, a.numpy()))) # numpy asks BLAS for half of it (syrk), torch does not
     for s in strips(len(total)): total[s, s.start:].addmm_(a[:, s].T, b[:, s.start:])
 
 def mirror(
@@ -73,8 +71,11 @@ class Gram:
         x: torch.Tensor, # (..., in), any float dtype
     ) -> "Gram":
         "Add rows."
-        rows = x.detach().reshape(-1, x.shape[-1]).to(self._sum)
-        with fast_products(x.dtype == torch.bfloat16): add_symmetric(self._sum, rows, rows)
+        rows, G = x.detach().reshape(-1, x.shape[-1]), self._sum
+        with fast_products(x.dtype == torch.bfloat16):
+            for part in rows.split(max(2048, PIECE // max(1, self.width))):
+                if part.dtype != G.dtype or part.device != G.device: part = scratch(part.shape, G.dtype, G.device, "rows").copy_(part)
+                add_symmetric(G, part, part)
         self.count, self._root, self._mirrored = self.count + len(rows), None, False
         return self
 
