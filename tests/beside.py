@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
@@ -14,10 +15,11 @@ QUIET = {"TQDM_DISABLE": "1", "MPLBACKEND": "agg", "TRANSFORMERS_VERBOSITY": "er
 TEST = "test_notebooks_run_from_top_to_bottom"
 
 
-def sharers() -> list: # of paths
-    "The notebooks that leave results in emloc's cache for each other: one process must run them, one after the other."
+def sharers() -> tuple: # of lists of paths: of the stages, and the lessons
+    "The notebooks that leave results in emloc's cache for each other: one process must run those of a list, one after the other; lessons also want the first that the stages leave."
     code = lambda path: "".join("".join(c["source"]) for c in json.loads(path.read_text())["cells"] if c["cell_type"] == "code")
-    return [p for p in NOTEBOOKS if "cache_dir() / \"lessons\"" in code(p)]
+    found = [p for p in NOTEBOOKS if "cache_dir() / \"lessons\"" in code(p)]
+    return [p for p in found if p.parent.name != "tutorials"], [p for p in found if p.parent.name == "tutorials"]
 
 
 class Running:
@@ -37,6 +39,11 @@ class Running:
         text = self.said.read()
         assert status == 0, text[-12000:]
         assert text.count("- Completed ") == self.expected, text[-3000:]
+
+    def passed(self, name: str):
+        "Until this notebook has run, or the process is over."
+        words = re.compile(rf"Completed \S*/{re.escape(name)}".encode())
+        while self.process.poll() is None and not words.search(os.pread(self.said.fileno(), 2**30, 0)): time.sleep(1) # pread leaves alone the position at which the process writes
 
     def stop(self):
         if self.process.poll() is None: os.killpg(self.process.pid, signal.SIGKILL)

@@ -25,11 +25,11 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session", autouse=True)
 def sharing(request):
-    "Where other tests run too, the notebooks that share a cache run beside them from the beginning."
+    "Where other tests run too, the stages' notebooks that share a cache run beside them from the beginning: the lessons come after the tests, when what both need is there."
     several = len({item.fspath for item in request.session.items}) > 1
     if several and any(item.name == beside.TEST for item in request.session.items):
         default_model() # so that no two processes fetch it
-        yield beside.start(beside.sharers())
+        yield beside.start(beside.sharers()[0])
     else: yield None
     beside.stop_all()
 
