@@ -4,6 +4,9 @@
 
 Writes bench/results/decompose.json. The two take turns, weight by weight, so that noise of the machine hits both; our Gram matrices
 are those that stage 1 sums while the block runs, one for each distinct input, or of the outputs where that is less work.
+
+Leave the thread libraries as they come: with OMP_WAIT_POLICY=PASSIVE eigenvectors took two to three times as long in both ways on the
+machine of the stored result, and a second BLAS with threads of its own (NumPy's, SciPy's) beside torch's made ours three times slower.
 """
 import argparse
 import json
