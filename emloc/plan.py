@@ -113,6 +113,7 @@ def plan_memory(
     if metric not in METRICS: raise EmlocError(f"metric {metric!r}: must be one of {', '.join(METRICS)}")
     if form not in FORMS: raise EmlocError(f"form {form!r}: must be one of {', '.join(FORMS)}")
     there, share = of_last(s.shapes, None, s.names, last)[0], s.share(last)
+    main = min(last or s.main, s.main) # blocks of the main list that the emulator has
     def choose(ratio): # for every block, though the emulator may have only the last
         own = of_last(s.shapes, ratio, s.names, last)[1]
         return choose_bits(s.shapes, own, s.dtype) if form == "quantized" else uniform(s.shapes, own)
@@ -120,13 +121,13 @@ def plan_memory(
     @cache # the search, the plan and the advice ask for the same ratios
     def stage_2(ratio, **other):
         choice = choose(ratio)
-        return training(s, "2 LoRA on the emulator", lambda blocks: s.emulator(choice, blocks), settings | other, min(last or s.main, s.main))
+        return training(s, "2 LoRA on the emulator", lambda blocks: s.emulator(choice, blocks), settings | other, main)
     if ratio is not None: check_ratio(ratio)
     elif budget: ratio = fit_ratio(lambda r: stage_2(r).peak, budget, share * LEAST[form], share)
     ratio = ratio or 0.25
     choice, second, rank = choose(ratio), stage_2(ratio), lora.r if lora else 8
     stages = [building(s, choice, rows, walk_batch, seq_len, metric=metric, completion=completion), second, correcting(s, choice, rank, max(1, rows // 8), walk_batch, seq_len, completion)]
-    options = [anchoring(s, choice, train_rows, walk_batch, seq_len, anchor_every, max(0, s.main - (last or s.main))), polishing(s, rank, seq_len, completion)]
+    options = [anchoring(s, choice, train_rows, walk_batch, seq_len, anchor_every, s.main - main), polishing(s, rank, seq_len, completion)]
     plan = Plan(str(model), ratio, {n: k for n, k in choice.items() if n in there} if form == "lowrank" else {}, stages, options, whole_model(s, settings),
                 {k: v for k, v in settings.items() if k != "lora"} | {"lora_rank": rank, "calibration_rows": rows, "metric": metric, "form": form, "train_rows": train_rows, "last": last},
                 s.bytes, s.emulator_bytes(choice, len(s.names) - (last or len(s.names))), budget)

@@ -79,6 +79,9 @@ def test_lessons_show_a_picture(notebook):
 
 def test_notebooks_run_from_top_to_bottom(sharing):
     stages, lessons = beside.sharers()
-    parts = [[p for p in NOTEBOOKS if p not in stages + lessons], *([lessons] if sharing else [stages + lessons])]
-    if sharing: sharing.passed("13_anchor.ipynb") # both want its emulator
-    for notebooks in [beside.start(part) for part in parts] + [sharing] * bool(sharing): notebooks.wait()
+    running = [beside.start([p for p in NOTEBOOKS if p not in stages + lessons])]
+    if sharing:
+        sharing.passed("13_anchor.ipynb") # both want its emulator
+        running += [beside.start(lessons), sharing]
+    else: running.append(beside.start(stages + lessons))
+    for notebooks in running: notebooks.wait()
