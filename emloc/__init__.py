@@ -1,7 +1,13 @@
 """EMLoC: fine-tune the model you can only just run. Import this before `from_pretrained` of an emulator."""
 __version__ = "0.1.0"
 
+import os
+import sys
 from importlib import import_module
+
+# A thread of libgomp, which torch's CPU build computes with, spins up to 300,000 rounds before it sleeps. Where another program wants the
+# core that is milliseconds for a product of microseconds (bench/waiting.py). 1000 is libgomp's own choice for cores that are wanted twice.
+if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys(): os.environ["GOMP_SPINCOUNT"] = "1000"
 
 from emloc import adapter, anchor, backward, correct, data, emulator, evaluate, finetune, fisher, geometry, lowrank, memory, merge, model, output, pairlora, plan, polish, rank, rounds, simulate, spectrum, tasks, walk
 from emloc.anchor import compute_anchors

@@ -72,3 +72,10 @@ def test_a_module_holds_what_its_notebook_exports(module):
     "Names defined in the exported cells, against those in the module."
     defined = lambda code: set(re.findall(r"^(?:def|class) (\w+)", code, re.M))
     assert defined(NOTEBOOKS[module][1]) == defined((tiny.ROOT / "emloc" / f"{module.replace('.', '/')}.py").read_text())
+
+
+@pytest.mark.parametrize("own, first, expected", [({}, "", "1000"), ({}, "import torch", None), ({"OMP_WAIT_POLICY": "ACTIVE"}, "", None), ({"GOMP_SPINCOUNT": "7"}, "", "7")], ids=["alone", "torch is there", "a policy", "a count"])
+def test_threads_that_wait_are_only_told_to_sleep_by_a_first_import(monkeypatch, own, first, expected):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"): monkeypatch.delenv(name, raising=False)
+    for name, value in own.items(): monkeypatch.setenv(name, value)
+    assert tiny.fresh_process(f"{first}\nimport emloc, json, os\nprint(json.dumps(os.environ.get('GOMP_SPINCOUNT')))") == expected
