@@ -71,7 +71,7 @@ def by_spectrum(
         sigma = spectra[name].sigma if isinstance(spectra[name], Spectrum) else spectra[name]
         energy = sigma.double() ** 2
         gain = energy / energy.sum().clamp_min(torch.finfo(torch.float64).tiny) / sum(shape)
-        offers += [(float(g), name) for g in gain[1:min(len(gain), break_even(shape))]]
+        offers += [(g, name) for g in gain[1:min(len(gain), break_even(shape))].tolist()]
     for gain, name in sorted(offers, key=lambda offer: -offer[0]):
         if sum(shapes[name]) <= budget: ranks[name], budget = ranks[name] + 1, budget - sum(shapes[name])
     return ranks
