@@ -19,7 +19,8 @@ import machine
 
 HERE = Path(__file__).parent
 SPINNING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY", "OMP_NUM_THREADS")
-WAYS = {"as libgomp comes": {"first": "import torch"}, "as emloc sets it: GOMP_SPINCOUNT=1000": {}, "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"}, "one thread": {"OMP_NUM_THREADS": "1"}}
+# what is imported first, and what the environment says; emloc sets nothing where torch is there already
+WAYS = {"as libgomp comes": ("torch", {}), "as emloc sets it: GOMP_SPINCOUNT=1000": ("emloc", {}), "OMP_WAIT_POLICY=PASSIVE": ("emloc", {"OMP_WAIT_POLICY": "PASSIVE"}), "one thread": ("emloc", {"OMP_NUM_THREADS": "1"})}
 STEPS = ("one column's error carried on (576 x 127)", "a product (768 x 576 by 576 x 576)", "eigenvectors of 576 x 576", "a weight of 576 x 576 rounded to 3 bits")
 NEIGHBOUR = "import torch; torch.set_num_threads(1); a = torch.rand(600, 600)\nwhile True: a @ a"
 LIMIT = 5 # seconds for the repeats of one step
@@ -48,10 +49,10 @@ def times() -> list: # milliseconds of each of STEPS
     return found
 
 
-def measure(way: dict) -> list:
+def measure(first: str, more: dict) -> list:
     "`times` in a new process."
-    env = {k: v for k, v in os.environ.items() if k not in SPINNING} | {k: v for k, v in way.items() if k != "first"} | {"PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent)))}
-    done = subprocess.run([sys.executable, "-c", f"{way.get('first', '')}\nimport emloc, json, waiting\nprint(json.dumps(waiting.times()))"], env=env, capture_output=True, text=True, check=True)
+    env = {k: v for k, v in os.environ.items() if k not in SPINNING} | more | {"PYTHONPATH": os.pathsep.join((str(HERE), str(HERE.parent)))}
+    done = subprocess.run([sys.executable, "-c", f"import {first}, emloc, json, waiting\nprint(json.dumps(waiting.times()))"], env=env, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -64,7 +65,7 @@ if __name__ == "__main__":
         neighbours = [subprocess.Popen([sys.executable, "-c", NEIGHBOUR]) for _ in range(os.cpu_count() if beside else 0)]
         try:
             for name, way in WAYS.items():
-                found.setdefault(name, []).append(measure(way))
+                found.setdefault(name, []).append(measure(*way))
                 print(name, "beside other programs" if beside else "alone", *map(show, found[name][-1]), flush=True)
         finally:
             for neighbour in neighbours: neighbour.kill()
