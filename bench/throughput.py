@@ -2,8 +2,9 @@
 
     python bench/throughput.py [--ratio 0.25] [--quick]
 
-The two take turns, step by step, in one process, so that noise of the machine hits both; the median is reported. Forward and
-backward under bfloat16 autocast, LoRA of rank 8 on all linears, logits of the last 16 positions. Writes bench/results/throughput.json.
+The model, its emulator of low-rank factors and its quantized emulator take turns, step by step, in one process, so that noise of the
+machine hits all; the median is reported. Forward and backward as in training: bfloat16 autocast, attention of short rows in plain
+products, LoRA of rank 8 on all linears, logits of the last 16 positions. Writes bench/results/throughput.json.
 """
 import argparse
 import json
@@ -14,18 +15,18 @@ from pathlib import Path
 
 import machine
 import torch
+from emloc.arithmetic import load_whole, short_attention
 from emloc.data import load_task
 from emloc.emulator import build_emulator
 from emloc.lowrank import load_emulator
 from emloc.model import default_model
 from emloc.pairlora import wrap
 from models import GEOMETRIES, write_model
-from transformers import AutoModelForCausalLM
 
 HERE = Path(__file__).parent
 WIDE = "TinyLlama's geometry, 3 blocks"
 CASES = [("SmolLM2-135M", 8, 100), ("SmolLM2-135M", 16, 128), ("SmolLM2-135M", 4, 512), (WIDE, 8, 128), (WIDE, 2, 512)]
-GROUPS = {"matrix products": ("aten::mm", "aten::addmm", "aten::bmm", "aten::_addmm_activation"), "attention": ("_scaled_dot_product",)}
+GROUPS = {"matrix products": ("aten::mm", "aten::addmm", "aten::_addmm_activation"), "attention": ("_scaled_dot_product", "aten::bmm", "aten::_softmax", "aten::_softmax_backward_data")}
 
 
 def trainable(model):
@@ -38,8 +39,9 @@ def trainable(model):
 def step(model, ids: torch.Tensor):
     "Forward and backward."
     keep = torch.arange(ids.shape[1] - 17, ids.shape[1])
-    with torch.autocast(ids.device.type, torch.bfloat16): logits = model(input_ids=ids, logits_to_keep=keep.to(ids.device), use_cache=False).logits
-    torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, -16:].flatten()).backward()
+    with short_attention(ids.shape[1], ids.device, torch.bfloat16):
+        with torch.autocast(ids.device.type, torch.bfloat16): logits = model(input_ids=ids, logits_to_keep=keep.to(ids.device), use_cache=False).logits
+        torch.nn.functional.cross_entropy(logits[:, :-1].float().flatten(0, 1), ids[:, -16:].flatten()).backward()
     for p in model.parameters(): p.grad = None
 
 
@@ -52,18 +54,18 @@ def shares(model, ids: torch.Tensor) -> dict: # {group: share of the time}
     return found | {"everything else": 1 - sum(found.values())}
 
 
-def compare(pair: dict, rows: int, tokens: int, repeats: int) -> dict:
-    "Both models on the same tokens, in turns."
-    ids, seconds = torch.randint(1000, 49000, (rows, tokens), generator=torch.Generator().manual_seed(0)), {name: [] for name in pair}
-    for model in pair.values(): step(model, ids)
+def compare(rivals: dict, rows: int, tokens: int, repeats: int) -> dict:
+    "All of them on the same tokens, in turns."
+    ids, seconds = torch.randint(1000, 49000, (rows, tokens), generator=torch.Generator().manual_seed(0)), {name: [] for name in rivals}
+    for model in rivals.values(): step(model, ids)
     for _ in range(repeats):
-        for name, model in pair.items():
+        for name, model in rivals.items():
             begin = time.perf_counter()
             step(model, ids)
             seconds[name].append(time.perf_counter() - begin)
     median = {name: statistics.median(s) for name, s in seconds.items()}
-    return {"rows": rows, "tokens": tokens, "tokens_per_second": {n: rows * tokens / s for n, s in median.items()}, "ratio": median["model"] / median["emulator"],
-            "shares": {name: shares(model, ids) for name, model in pair.items()}}
+    return {"rows": rows, "tokens": tokens, "tokens_per_second": {n: rows * tokens / s for n, s in median.items()}, "ratio": median["model"] / median["emulator"], "ratio_quantized": median["model"] / median["quantized"],
+            "shares": {name: shares(model, ids) for name, model in rivals.items()}}
 
 
 def linear_parameters(model) -> int: # of blocks: dense or in pairs, without the LoRA
@@ -79,16 +81,16 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as tmp:
         for name in dict.fromkeys(case[0] for case in CASES):
             path = default_model() if name != WIDE else write_model(GEOMETRIES["1.1b"] | {"num_hidden_layers": 3}, Path(tmp) / "wide")
-            emulator = build_emulator(path, rows, Path(tmp) / f"emulator-{path.name}", ratio=args.ratio)
-            pair = {"model": trainable(AutoModelForCausalLM.from_pretrained(path, dtype="auto")), "emulator": trainable(load_emulator(emulator))}
-            smaller = linear_parameters(pair["model"]) / linear_parameters(pair["emulator"])
+            emulator = lambda form: trainable(load_emulator(build_emulator(path, rows, Path(tmp) / f"{form}-{path.name}", ratio=args.ratio, form=form)))
+            rivals = {"model": trainable(load_whole(path)), "emulator": emulator("lowrank"), "quantized": emulator("quantized")}
+            smaller = linear_parameters(rivals["model"]) / linear_parameters(rivals["emulator"])
             for case in CASES:
                 if case[0] != name: continue
-                result = {"model": name, "parameters_ratio": smaller} | compare(pair, *case[1:], 1 if args.quick else 5)
+                result = {"model": name, "parameters_ratio": smaller} | compare(rivals, *case[1:], 1 if args.quick else 5)
                 found.append(result)
-                print(f"{name}, {case[1]} x {case[2]}: emulator {result['ratio']:.2f} times as fast", flush=True)
-    lines = ["| model | rows x tokens | LoRA on the model, tokens/s | on the emulator, tokens/s | ratio | parameters of the blocks, ratio | attention's share on the emulator |", "| --- | --- | --- | --- | --- | --- | --- |"]
-    lines += [f"| {r['model']} | {r['rows']} x {r['tokens']} | {r['tokens_per_second']['model']:.0f} | {r['tokens_per_second']['emulator']:.0f} | {r['ratio']:.2f} | {r['parameters_ratio']:.2f} | {r['shares']['emulator']['attention']:.0%} |" for r in found]
+                print(f"{name}, {case[1]} x {case[2]}: emulator {result['ratio']:.2f} times as fast, quantized {result['ratio_quantized']:.2f}", flush=True)
+    lines = ["| model | rows x tokens | LoRA on the model, tokens/s | on the emulator, tokens/s | ratio | parameters of the blocks, ratio | attention's share on the emulator | on the quantized emulator, tokens/s | ratio |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    lines += [f"| {r['model']} | {r['rows']} x {r['tokens']} | {r['tokens_per_second']['model']:.0f} | {r['tokens_per_second']['emulator']:.0f} | {r['ratio']:.2f} | {r['parameters_ratio']:.2f} | {r['shares']['emulator']['attention']:.0%} | {r['tokens_per_second']['quantized']:.0f} | {r['ratio_quantized']:.2f} |" for r in found]
     about = machine.describe()
     report = {"machine": about, "ratio": args.ratio, "threads": torch.get_num_threads(), "rows": found, "markdown": "\n".join([*lines, "", f"({machine.line(about)})"])}
     if not args.quick: (HERE / "results" / "throughput.json").write_text(json.dumps(report, indent=1) + "\n")

@@ -25,7 +25,8 @@ from .walk import Walk, hidden_of
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'STORED', 'anchored_blocks', 'anchor_bytes', 'emulator_walk', 'flat', 'pack', 'compute_anchors', 'Anchors']
+__all__ = ['log', 'STORED', 'anchored_blocks', 'anchor_bytes', 'emulator_walk', 'flat', 'pack', 'residuals', 'compute_anchors',
+           'Anchors']
 
 # %% ../nbs/13_anchor.ipynb #fd88b239
 STORED = {"bfloat16": 2, "float32": 4, "int8": 1}
@@ -63,7 +64,7 @@ def emulator_walk(
 
 def flat(
     walk: Walk,
-    hidden: list, # one tensor (rows, tokens, features) for each batch
+    hidden, # one tensor (rows, tokens, features) for each batch; they need not all be there at once
 ) -> torch.Tensor: # (tokens of all rows, features), in the order of the rows, without padding
     "Hidden states of batches as one long table."
     by_row = {}
@@ -72,13 +73,24 @@ def flat(
     return torch.cat([by_row[r] for r in sorted(by_row)])
 
 def pack(
-    residual: torch.Tensor, # (tokens, features)
+    exact: torch.Tensor, # (rows, tokens, features), of the model
+    own: torch.Tensor, # the same, of the emulator
     stored: str, # bfloat16, float32 or int8
 ) -> dict: # tensors to save
-    "Residuals as they are stored; int8 has a scale for each token."
+    "Their difference as it is stored; int8 has a scale for each token."
+    residual = exact.float() - own.float()
     if stored != "int8": return {"residual": residual.to(getattr(torch, stored)).contiguous()}
-    scale = residual.float().abs().amax(1, keepdim=True).clamp_min(1e-12) / 127
-    return {"residual": (residual.float() / scale).round().to(torch.int8), "scale": scale}
+    scale = residual.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
+    return {"residual": (residual / scale).round().to(torch.int8), "scale": scale}
+
+def residuals(
+    whole: Walk, # both after the same block
+    small: Walk,
+    stored: str, # bfloat16, float32 or int8
+) -> dict: # tensors to save, (tokens of all rows, features)
+    "What the emulator leaves out, a batch at a time: only what is stored is there for all rows together."
+    left_out = lambda part: (pack(exact, own, stored)[part] for exact, own in zip(whole.hidden[0], small.hidden[0]))
+    return {part: flat(whole, left_out(part)) for part in ("residual", "scale")[:1 + (stored == "int8")]}
 
 # %% ../nbs/13_anchor.ipynb #abaa16cb
 def compute_anchors(
@@ -110,9 +122,7 @@ def compute_anchors(
             if a.index == 0 or a.index - 1 in blocks: small.hidden[0] = list(whole.hidden[0])
             for step in (a, b):
                 with with_lora(step, lora or {}): step.run()
-            if a.index in blocks:
-                residual = flat(whole, whole.hidden[0]).float() - flat(small, small.hidden[0]).float()
-                save_file(pack(residual, stored), run.folder / f"anchors-{a.index:05d}.safetensors")
+            if a.index in blocks: save_file(residuals(whole, small, stored), run.folder / f"anchors-{a.index:05d}.safetensors")
         lengths = [len(ids) for ids in whole.rows["input_ids"]]
         write_json(run.folder / "anchors.json", settings | {"blocks": blocks, "lengths": lengths, "bytes": needed, "model": source.base_model})
     return run.out

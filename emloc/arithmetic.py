@@ -12,12 +12,13 @@ from functools import lru_cache, partial
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 # %% auto #0
-__all__ = ['PIECE', 'has_units', 'any_machine', 'working_dtype', 'scratch', 'pieces', 'in_float32', 'WideProduct', 'product',
-           'quicken', 'load_whole']
+__all__ = ['PIECE', 'SHORT', 'has_units', 'any_machine', 'working_dtype', 'scratch', 'pieces', 'in_float32', 'WideProduct',
+           'product', 'short_attention', 'quicken', 'load_whole']
 
 # %% ../nbs/01a_arithmetic.ipynb #435f1529
 @lru_cache
@@ -96,6 +97,23 @@ def product(
     if working_dtype(x) == x.dtype or trained or weight.dtype != x.dtype or torch.is_autocast_enabled(x.device.type): return F.linear(x, weight, bias)
     y = WideProduct.apply(x, weight)
     return y if bias is None else y + bias
+
+# %% ../nbs/01a_arithmetic.ipynb #9e5dd32a
+SHORT = 256 # tokens
+
+@contextmanager
+def short_attention(
+    tokens: int, # of a row
+    device: torch.device,
+    dtype: torch.dtype, # that attention is computed in
+):
+    "For the duration of the `with`, forward and backward, attention in plain products where the gradient of torch's own is slower: short rows of bfloat16 numbers on a CPU with instructions for them."
+    if device.type != "cpu" or tokens > SHORT or dtype != torch.bfloat16 or not (_any_machine or has_units(dtype)): yield; return
+    allow, before = torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp, torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed() # not only for CUDA
+    allow(True) # otherwise the products would be in float32
+    try:
+        with sdpa_kernel(SDPBackend.MATH): yield
+    finally: allow(before)
 
 # %% ../nbs/01a_arithmetic.ipynb #923771e5
 def _linear(module, x): return product(x, module.weight, module.bias)

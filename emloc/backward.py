@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 
+from .arithmetic import short_attention
 from .data import EmlocError
 from .walk import Step, Walk, completion_losses, keep_last
 
@@ -44,8 +45,9 @@ def back_through(
     "Run a block on its inputs again and send the gradients back through it; whatever in it wants a gradient gets one."
     for number, kept in enumerate(inputs):
         if kept is not None: kept = kept.to(step.walk.device).requires_grad_()
-        with torch.enable_grad(): out = step.walk.forward(number, step.index, kept)
-        with torch.no_grad():
-            for watcher in step.watchers: watcher.flush()
-        out.backward(gradients[number].to(out.device))
+        with short_attention(gradients[number].shape[1], step.walk.device, gradients[number].dtype):
+            with torch.enable_grad(): out = step.walk.forward(number, step.index, kept)
+            with torch.no_grad():
+                for watcher in step.watchers: watcher.flush()
+            out.backward(gradients[number].to(out.device))
         gradients[number] = None if kept is None else kept.grad.cpu()

@@ -17,7 +17,7 @@ from peft.tuners.lora.layer import LoraLayer
 
 from .adapter import PREFIX
 from .anchor import Anchors, compute_anchors
-from .arithmetic import has_units, load_whole
+from .arithmetic import has_units, short_attention, load_whole
 from .data import EmlocError, collator, encode_rows, load_tokenizer
 from .lowrank import load_emulator
 from .model import find_model
@@ -42,7 +42,8 @@ def lora_gradients(
     for start in range(0, len(rows), batch_size):
         numbers = list(range(start, min(start + batch_size, len(rows))))
         batch = {k: v.to(kind) for k, v in collate([rows[n] for n in numbers]).items()}
-        with anchors.batch(numbers, batch["input_ids"].shape[1]) if anchors else nullcontext(), torch.autocast(kind.type, dtype=torch.bfloat16, enabled=has_units(torch.bfloat16, kind.type)):
+        tokens = batch["input_ids"].shape[1]
+        with anchors.batch(numbers, tokens) if anchors else nullcontext(), short_attention(tokens, kind, torch.bfloat16), torch.autocast(kind.type, dtype=torch.bfloat16, enabled=has_units(torch.bfloat16, kind.type)):
             logits = model(**{k: v for k, v in batch.items() if k != "labels"}, **keep_last(model, batch["labels"])).logits
         losses, tokens = completion_losses(logits, batch["labels"])
         (losses / tokens.clamp_min(1)).sum().div(len(rows)).backward()

@@ -19,7 +19,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from .adapter import PREFIX, read_adapter, write_adapter
 from .anchor import Anchors
-from .arithmetic import has_units, load_whole
+from .arithmetic import has_units, load_whole, short_attention
 from .data import EmlocError, collator, encode_rows, load_tokenizer, rows_hash
 from .lowrank import emulator_config, load_emulator
 from .model import Checkpoint, block_names, find_model, give_back
@@ -94,8 +94,9 @@ class AdapterTrainer(Trainer):
     anchors = None
     def training_step(self, model, inputs, *args, **kwargs):
         rows = inputs.pop("row", None)
-        if not self.anchors: return super().training_step(model, inputs, *args, **kwargs)
-        with self.anchors.batch(rows, inputs["input_ids"].shape[1]): return super().training_step(model, inputs, *args, **kwargs)
+        tokens = inputs["input_ids"].shape[1]
+        with self.anchors.batch(rows, tokens) if self.anchors else nullcontext(), short_attention(tokens, self.args.device, torch.bfloat16 if self.args.bf16 else self.model.dtype):
+            return super().training_step(model, inputs, *args, **kwargs)
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if "logits_to_keep" in inputs: inputs |= {"labels": inputs["labels"][:, inputs["logits_to_keep"]]}

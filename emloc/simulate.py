@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from .arithmetic import any_machine
+from .arithmetic import any_machine, short_attention
 from .data import EmlocError, brief
 from .pairlora import wrap
 from .model import block_names
@@ -170,7 +170,7 @@ def training_peaks(
         optimizer_states(trained, ledger)
         batch = fake_batch(model, batch_size, seq_len, completion, device)
         forward = convert_outputs_to_fp32(torch.autocast(device, torch.bfloat16, enabled=autocast)(peft.forward))
-        with moments(ledger, [model.get_submodule(n) for n in main_blocks(model, names)]):
+        with moments(ledger, [model.get_submodule(n) for n in main_blocks(model, names)]), short_attention(seq_len, batch["input_ids"].device, torch.bfloat16 if autocast else model.dtype):
             loss = forward(**batch).loss
             del batch
             ledger.moment = "backward, logits and loss"

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .adapter import Adapter
-from .anchor import flat, pack
+from .anchor import pack, residuals
 from .backward import loss_gradient
 from .correct import Pieces, judge
 from .emulator import backward_pass, build_block, look_forward
@@ -203,14 +203,20 @@ def anchoring_peaks(
 ) -> dict: # {moment: {kind: bytes}}
     "A step of `compute_anchors`; what is computed of the residuals of all rows is `waiting` too."
     ledger = book(model, batch_size, seq_len, "a block runs")
-    with pretend(ledger):
+    def packed(*args): # the difference is there for one batch, what is stored of it for all
+        ledger.kind = "activations"
+        found = pack(*args)
+        ledger.kind = "waiting"
+        for tensor in found.values(): ledger.add(tensor, "waiting")
+        return found
+    with pretend(ledger), mock.patch("emloc.anchor.pack", packed):
         batch = fake_batch(model, batch_size, seq_len, 1)
         with on_paper(batch, model, emulated):
             whole, small = PaperWalk(model, ledger, batch), PaperWalk(emulated, ledger, batch)
             for step in zip(whole, small):
                 for side in step: side.run()
-                ledger.moment, ledger.kind = "residuals", "waiting"
-                pack(flat(whole, whole.hidden[0]).float() - flat(small, small.hidden[0]).float(), "bfloat16")
+                ledger.moment = "residuals"
+                residuals(whole, small, "bfloat16")
     return ledger.peaks
 
 def main_linears(model: nn.Module) -> dict: # {name: module}

@@ -91,3 +91,36 @@ def test_autocast_is_asked_for_only_where_it_pays(monkeypatch, tmp_path):
 def test_autocast_that_is_asked_for_is_obeyed(no_units):
     layer = arithmetic.quicken(nn.Linear(8, 4, dtype=BF16))
     with torch.autocast("cpu", dtype=BF16): assert layer(torch.randn(3, 8)).dtype == BF16
+
+
+def attention(dtype, tokens=20):
+    "Loss gradients of padded, causal attention with fewer heads of keys than of queries, and which way of computing it was allowed."
+    q, k, v = (t.to(dtype).requires_grad_() for t in torch.randn(3, 2, 4, tokens, 16, generator=torch.Generator().manual_seed(0)))
+    mask = torch.ones(2, 1, tokens, tokens, dtype=torch.bool).tril()
+    mask[0, :, :, :3] = False
+    mask |= torch.eye(tokens, dtype=torch.bool)
+    torch.nn.functional.scaled_dot_product_attention(q, k[:, :2], v[:, :2], attn_mask=mask, enable_gqa=True).square().sum().backward()
+    return torch.cat([t.grad.flatten().double() for t in (q, k, v)]), torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_attention_of_short_rows_has_the_same_gradients(monkeypatch):
+    monkeypatch.setattr(arithmetic, "has_units", lambda dtype, kind="cpu": True)
+    exact, plain = attention(torch.float64)[0], attention(BF16)[0]
+    with arithmetic.short_attention(20, torch.device("cpu"), BF16): ours, flash = attention(BF16)
+    assert not flash and off(ours, exact) < 2 * off(plain, exact) + 1e-3
+
+
+@pytest.mark.parametrize("tokens, device, dtype, able", [(arithmetic.SHORT + 1, "cpu", BF16, True), (20, "cuda", BF16, True), (20, "cpu", torch.float32, True), (20, "cpu", BF16, False)])
+def test_all_other_attention_is_as_torch_does_it(monkeypatch, tokens, device, dtype, able):
+    monkeypatch.setattr(arithmetic, "has_units", lambda dtype, kind="cpu": able)
+    with arithmetic.short_attention(tokens, torch.device(device), dtype): assert torch.backends.cuda.flash_sdp_enabled()
+
+
+def test_attention_is_as_it_was_afterwards(monkeypatch):
+    monkeypatch.setattr(arithmetic, "has_units", lambda dtype, kind="cpu": True)
+    state = lambda: (torch.backends.cuda.flash_sdp_enabled(), torch.backends.cuda.mem_efficient_sdp_enabled(), torch.backends.cuda.math_sdp_enabled(), torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed())
+    before = state()
+    with pytest.raises(KeyError), arithmetic.short_attention(20, torch.device("cpu"), BF16):
+        assert state() != before
+        raise KeyError
+    assert state() == before

@@ -8,6 +8,7 @@ from peft import IA3Config, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
+from emloc import arithmetic
 from emloc.adapter import read_adapter
 from emloc.data import EmlocError, collator, encode_rows
 from emloc.emulator import build_emulator
@@ -146,6 +147,18 @@ def test_training_with_gradient_checkpointing_gives_the_same_adapter(reentrant, 
     saving = train(out=tmp_path / "saving", args={"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": reentrant}})
     for name, tensor in load_file(plain / "adapter_model.safetensors").items():
         assert torch.allclose(tensor, load_file(saving / "adapter_model.safetensors")[name], atol=1e-4), name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_short_rows_of_bfloat16_are_trained_with_attention_in_plain_products(bf16, checkpointing, train, monkeypatch):
+    monkeypatch.setattr(arithmetic, "has_units", lambda dtype, kind="cpu": True)
+    sdpa, plain = torch.nn.functional.scaled_dot_product_attention, []
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *args, **kwargs: plain.append(not torch.backends.cuda.flash_sdp_enabled()) or sdpa(*args, **kwargs))
+    args = {"bf16": bf16, "gradient_checkpointing": checkpointing, "gradient_checkpointing_kwargs": {"use_reentrant": False}}
+    adapter = read_adapter(train(args=args))
+    assert plain and set(plain) == {bf16} and torch.backends.cuda.flash_sdp_enabled()
+    assert all(B.isfinite().all() and B.any() for _, B in adapter.pairs.values())
 
 
 class StopAt(TrainerCallback):
