@@ -9,6 +9,7 @@ import json
 import logging
 import shutil
 from contextlib import contextmanager
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -20,12 +21,12 @@ from .data import EmlocError, collator, rows_hash
 from .lowrank import check_base, emulator_config, put_emulated
 from .model import Checkpoint, block_names, find_model, skeleton
 from .output import Run, check_out, write_json
-from .walk import Walk, hidden_of
+from .walk import Step, Walk, hidden_of
 
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'STORED', 'anchored_blocks', 'anchor_bytes', 'emulator_walk', 'flat', 'pack', 'residuals', 'compute_anchors',
+__all__ = ['log', 'STORED', 'anchored_blocks', 'anchor_bytes', 'emulator_walk', 'Table', 'pack', 'residuals', 'compute_anchors',
            'Anchors']
 
 # %% ../nbs/13_anchor.ipynb #fd88b239
@@ -62,15 +63,26 @@ def emulator_walk(
     put_emulated(model, emulator_config(emulator))
     return Walk(checkpoint, rows, model=model, **walk_options)
 
-def flat(
-    walk: Walk,
-    hidden, # one tensor (rows, tokens, features) for each batch; they need not all be there at once
-) -> torch.Tensor: # (tokens of all rows, features), in the order of the rows, without padding
-    "Hidden states of batches as one long table."
-    by_row = {}
-    for batch, order, h in zip(walk.batches, walk.order, hidden):
-        for r, mask, states in zip(order, batch["attention_mask"].bool(), h): by_row[r] = states[mask]
-    return torch.cat([by_row[r] for r in sorted(by_row)])
+class Table:
+    "Rows of batches, one after the other in the order of the rows, without padding."
+    def __init__(
+        self,
+        walk: Walk, # whose batches they are
+    ):
+        self.masks = {r: mask for batch, order in zip(walk.batches, walk.order) for r, mask in zip(order, batch["attention_mask"].bool())}
+        self.order, self.ends, self.columns = walk.order, dict(zip(sorted(self.masks), accumulate(int(self.masks[r].sum()) for r in sorted(self.masks)))), {}
+
+    def put(
+        self,
+        number: int, # of a batch
+        parts: dict, # {name of a column: (rows, tokens, features)}
+    ):
+        "Take over what a batch has."
+        for name, part in parts.items():
+            if name not in self.columns: self.columns[name] = part.new_empty(max(self.ends.values()), part.shape[-1]) # (tokens of all rows, features)
+            for r, states in zip(self.order[number], part):
+                found = states[self.masks[r]]
+                self.columns[name][self.ends[r] - len(found):self.ends[r]] = found
 
 def pack(
     exact: torch.Tensor, # (rows, tokens, features), of the model
@@ -84,13 +96,20 @@ def pack(
     return {"residual": (residual / scale).round().to(torch.int8), "scale": scale}
 
 def residuals(
-    whole: Walk, # both after the same block
-    small: Walk,
-    stored: str, # bfloat16, float32 or int8
+    a: Step, # of the model's walk
+    b: Step, # the same block of the emulator's
+    stored: str, # bfloat16, float32 or int8; empty: no anchor here
+    exact: bool, # whether the emulator is exact before this block
 ) -> dict: # tensors to save, (tokens of all rows, features)
-    "What the emulator leaves out, a batch at a time: only what is stored is there for all rows together."
-    left_out = lambda part: (pack(exact, own, stored)[part] for exact, own in zip(whole.hidden[0], small.hidden[0]))
-    return {part: flat(whole, left_out(part)) for part in ("residual", "scale")[:1 + (stored == "int8")]}
+    "Send every batch through both blocks. What the emulator leaves out of it is there for all rows together only as it is stored."
+    table, whole, small = Table(a.walk), a.walk.hidden[0], b.walk.hidden[0]
+    for number in range(len(a.walk.batches)):
+        if exact: small[number] = whole[number]
+        for step in (a, b): step.run_batch(number)
+        if stored:
+            table.put(number, pack(whole[number], small[number], stored))
+            small[number] = None # it goes on from the model's
+    return table.columns
 
 # %% ../nbs/13_anchor.ipynb #abaa16cb
 def compute_anchors(
@@ -119,10 +138,9 @@ def compute_anchors(
     log.info("anchors: %.2f GB on disk, of %.0f GB free", needed / 1e9, free / 1e9)
     with run:
         for a, b in run.blocks("anchors", whole, small):
-            if a.index == 0 or a.index - 1 in blocks: small.hidden[0] = list(whole.hidden[0])
-            for step in (a, b):
-                with with_lora(step, lora or {}): step.run()
-            if a.index in blocks: save_file(residuals(whole, small, stored), run.folder / f"anchors-{a.index:05d}.safetensors")
+            anchored = a.index in blocks
+            with with_lora(a, lora or {}), with_lora(b, lora or {}): found = residuals(a, b, stored if anchored else "", a.index == 0 or a.index - 1 in blocks)
+            if anchored: save_file(found, run.folder / f"anchors-{a.index:05d}.safetensors")
         lengths = [len(ids) for ids in whole.rows["input_ids"]]
         write_json(run.folder / "anchors.json", settings | {"blocks": blocks, "lengths": lengths, "bytes": needed, "model": source.base_model})
     return run.out

@@ -45,7 +45,7 @@ class Rounds(Anchors):
         *,
         every: int = 1, # an anchor after each so many blocks, and after the last
         stored: str = "bfloat16", # or float32, or int8
-        **walk_options, # for both walks: batch_size (rows), device
+        **walk_options, # for both walks: batch_size (rows; by default that of the training), device
     ):
         if again < 1: raise EmlocError(f"anchors again every {again} steps: must be at least 1")
         self.model, self.again, self.every, self.stored, self.walk_options = model, again, every, stored, walk_options
@@ -69,6 +69,7 @@ class Rounds(Anchors):
         "The rows in the order of training."
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         steps = args.max_steps if args.max_steps > 0 else -(-int(args.num_train_epochs * len(encoded)) // batch)
+        self.walk_options = {"batch_size": args.per_device_train_batch_size} | self.walk_options
         self.size, self.folder, seeded, order = batch * self.again, Path(args.output_dir), torch.Generator().manual_seed(args.seed), []
         while len(order) < steps * batch: order += torch.randperm(len(encoded), generator=seeded).tolist()
         args.max_steps, args.train_sampling_strategy, args.save_steps = steps, "sequential", max(1, int(args.save_steps) // self.again) * self.again

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from .adapter import Adapter
-from .anchor import pack, residuals
+from .anchor import Table, residuals
 from .backward import loss_gradient
 from .correct import Pieces, judge
 from .emulator import backward_pass, build_block, look_forward
@@ -201,22 +201,20 @@ def anchoring_peaks(
     batch_size: int, # rows that go through a block together
     seq_len: int, # tokens
 ) -> dict: # {moment: {kind: bytes}}
-    "A step of `compute_anchors`; what is computed of the residuals of all rows is `waiting` too."
+    "A step of `compute_anchors`; the residuals of all rows are `waiting` too."
     ledger = book(model, batch_size, seq_len, "a block runs")
-    def packed(*args): # the difference is there for one batch, what is stored of it for all
-        ledger.kind = "activations"
-        found = pack(*args)
-        ledger.kind = "waiting"
-        for tensor in found.values(): ledger.add(tensor, "waiting")
-        return found
-    with pretend(ledger), mock.patch("emloc.anchor.pack", packed):
+    own = Table.put
+    def put(table, *batch): # the differences are there for one batch, what is stored of them for all
+        ledger.moment = "residuals"
+        own(table, *batch)
+        for column in table.columns.values(): ledger.add(column, "waiting")
+        ledger.moment = "a block runs"
+    with pretend(ledger), mock.patch.object(Table, "put", put):
         batch = fake_batch(model, batch_size, seq_len, 1)
         with on_paper(batch, model, emulated):
             whole, small = PaperWalk(model, ledger, batch), PaperWalk(emulated, ledger, batch)
             for step in zip(whole, small):
-                for side in step: side.run()
-                ledger.moment = "residuals"
-                residuals(whole, small, "bfloat16")
+                residuals(*step, "bfloat16", True)
     return ledger.peaks
 
 def main_linears(model: nn.Module) -> dict: # {name: module}

@@ -223,7 +223,7 @@ class Walk:
 
     def save(self, file: Path, index: int):
         "Keep the hidden states that go into block `index`, to resume there."
-        flat = {f"{v}.{b}": h for v, states in enumerate(self.hidden) for b, h in enumerate(states)}
+        flat = {f"{v}.{b}": h for v, states in enumerate(self.hidden) for b, h in enumerate(states) if h is not None}
         flags = {type(m).__name__: str(int(self.tuples.get(type(m), False))) for m in self.blocks}
         partial = file.with_name(file.name + ".tmp")
         save_file(flat, partial, metadata=flags)
@@ -252,13 +252,16 @@ class Step:
         keep: bool = True, # False: look only, the hidden states stay as they were
     ):
         "Send every batch through the block. Raises `EmlocError` when what comes out is not finite."
-        for number in range(len(self.walk.batches)):
-            hidden = self.walk._run(number, self.index, variant)
-            for watcher in self.watchers: watcher.flush()
-            if not torch.isfinite(hidden[self.walk.mask] if hidden.dim() == 3 else hidden).all():
-                raise EmlocError(f"{self.name}: its output is not finite (NaN or infinity) on the calibration rows; "
-                                 f"look for bad weights in {', '.join(self.bad_weights()) or 'an earlier part of the model'}")
-            if keep: self.walk.hidden[variant][number] = hidden.cpu()
+        for number in range(len(self.walk.batches)): self.run_batch(number, variant, keep)
+
+    def run_batch(self, number: int, variant: int = 0, keep: bool = True):
+        "The same with one batch."
+        hidden = self.walk._run(number, self.index, variant)
+        for watcher in self.watchers: watcher.flush()
+        if not torch.isfinite(hidden[self.walk.mask] if hidden.dim() == 3 else hidden).all():
+            raise EmlocError(f"{self.name}: its output is not finite (NaN or infinity) on the calibration rows; "
+                             f"look for bad weights in {', '.join(self.bad_weights()) or 'an earlier part of the model'}")
+        if keep: self.walk.hidden[variant][number] = hidden.cpu()
 
     def bad_weights(self) -> list: # names of parameters that are not finite
         "The parameters of this block that hold NaN or infinity."
