@@ -39,7 +39,7 @@ class Gradients(Gram):
         weight: torch.Tensor, # (out, in)
     ) -> "Gradients":
         "Add rows."
-        self.trace += gradient.float().square().sum()
+        self.trace += torch.linalg.vector_norm(gradient, dtype=torch.float32).square() # without a copy in float32
         return self.add(gradient @ weight if len(weight) > weight.shape[1] else gradient)
 
 def tall_root(

@@ -16,11 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from .arithmetic import quicken
 from .data import EmlocError, collator, encode_rows, load_tokenizer
-from .model import Checkpoint, block_names, borrow, empty, fill, linears, skeleton
+from .model import Checkpoint, block_names, borrow, empty, fill, give_back, linears, skeleton
 
 # %% auto #0
-__all__ = ['LOGITS', 'stand_ins', 'hidden_of', 'with_hidden', 'make_batches', 'bare', 'keep_last', 'completion_losses', 'Walk',
-           'Step']
+__all__ = ['LOGITS', 'TRIM', 'stand_ins', 'hidden_of', 'with_hidden', 'make_batches', 'bare', 'keep_last', 'completion_losses',
+           'Walk', 'Step']
 
 # %% ../nbs/02_walk.ipynb #7ffe3828
 class _Stop(Exception):
@@ -239,6 +239,8 @@ class Walk:
         self.start = index
 
 # %% ../nbs/02_walk.ipynb #9a46d6fb
+TRIM = 4 # batches: what stays among freed activations would make holes that grow from batch to batch
+
 class Step:
     "One block of a walk while it is in memory."
     def __init__(self, walk: Walk, index: int, name: str, block):
@@ -262,6 +264,7 @@ class Step:
             raise EmlocError(f"{self.name}: its output is not finite (NaN or infinity) on the calibration rows; "
                              f"look for bad weights in {', '.join(self.bad_weights()) or 'an earlier part of the model'}")
         if keep: self.walk.hidden[variant][number] = hidden.cpu()
+        if number % TRIM == TRIM - 1: give_back()
 
     def bad_weights(self) -> list: # names of parameters that are not finite
         "The parameters of this block that hold NaN or infinity."
