@@ -99,7 +99,7 @@ def product(
     return y if bias is None else y + bias
 
 # %% ../nbs/01a_arithmetic.ipynb #9e5dd32a
-SHORT = 256 # tokens
+SHORT = 128 # tokens
 
 @contextmanager
 def short_attention(
