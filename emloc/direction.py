@@ -17,7 +17,7 @@ from peft.tuners.lora.layer import LoraLayer
 
 from .adapter import PREFIX
 from .anchor import Anchors, compute_anchors
-from .arithmetic import has_units, short_attention, load_whole
+from .arithmetic import has_units, load_whole, short_attention
 from .data import EmlocError, collator, encode_rows, load_tokenizer
 from .lowrank import load_emulator
 from .model import find_model
