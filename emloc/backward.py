@@ -9,6 +9,7 @@ import torch
 
 from .arithmetic import short_attention
 from .data import EmlocError
+from .model import give_back
 from .walk import Step, Walk, completion_losses, keep_last
 
 # %% auto #0
@@ -51,3 +52,4 @@ def back_through(
                 for watcher in step.watchers: watcher.flush()
             out.backward(gradients[number].to(out.device))
         gradients[number] = None if kept is None else kept.grad.cpu()
+        give_back() # what stays among freed activations would make holes
