@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 from .adapter import Adapter, check_shapes, read_adapter, with_lora, write_adapter
 from .data import EmlocError, encode_rows, load_tokenizer, rows_hash
 from .lowrank import check_base, emulator_weight
-from .model import Checkpoint, Conv1D, block_linears, find_model, linear_shapes, skeleton
+from .model import Checkpoint, Conv1D, block_linears, find_model, give_back, linear_shapes, skeleton
 from .output import Run, check_out, file_hash
 from .spectrum import Gram
 from .walk import Step, Walk, completion_losses
@@ -117,6 +117,7 @@ class Pieces:
 
     def corrected(self, module: str, modes: list, limit: float) -> list: # [B_c], one for each mode
         "One layer in several modes, with its difference read once."
+        give_back() # what the layer before it held
         A, B = self.pairs[module]
         D = self.difference(module) if set(modes) != {"none"} else None
         found = [subtract(A, B, D, self.adapter.scaling(module), mode, limit, self.seen.get(module)) for mode in modes]
