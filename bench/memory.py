@@ -45,11 +45,14 @@ class Bench:
         self.rows.append({"stage": title, "peak_bytes": peak, "bound_bytes": bound, "met": met, "note": note or found.get("error", ""), "where": found.get("where", ""), "measured": found})
         print(line(self.rows[-1]), flush=True)
 
-    def measure(self, title: str, name: str, bound: int | None, env: dict | None = None, **job) -> dict:
-        "A job, in the table. Its directory stays for those that follow."
+    def measure(self, title: str, name: str, bound: int | None, env: dict | None = None, times: int = 1, **job) -> dict:
+        "A job, in the table: the median of so many runs. Its directory stays for those that follow."
         if "out" in job: job["out"] = str(self.out / job["out"])
-        found = stage.kept(self.out / "measured", name, job, again=self.again, env=env)
-        self.row(title, found.get("peak_bytes"), bound, found)
+        runs = [stage.kept(self.out / "measured", f"{name}-{i}" if i else name, job, again=self.again, env=env) for i in range(times)]
+        runs.sort(key=lambda found: found.get("peak_bytes", -1)) # one that failed comes first
+        peaks = [found["peak_bytes"] / MIB for found in runs if "peak_bytes" in found]
+        found = runs[times // 2 if len(peaks) == times else 0]
+        self.row(title, found.get("peak_bytes"), bound, found, f"median of {times}: {peaks[0]:.0f} to {peaks[-1]:.0f}" if 1 < times == len(peaks) else "")
         return found
 
     def drop(self, *names: str):
@@ -70,15 +73,10 @@ def growth(bench: Bench, base):
         name = f"{sizes['growing']}-{count}"
         model = bench.model(GEOMETRIES[sizes["growing"]] | {"num_hidden_layers": count}, name, base)
         for more, env, times in (("", None, 3), (", malloc thresholds 1 MiB", MALLOC, 1)):
-            runs = []
-            for i in range(times):
-                runs.append(stage.kept(bench.out / "measured", f"growth-{count}-{i}{'-malloc' if env else ''}", {"job": "emulate", "model": str(model), "out": str(bench.out / f"emulator-{name}"), "rows": sizes["rows"], "length": sizes["length"]}, again=bench.again, env=env))
-                bench.drop(f"emulator-{name}")
-            runs.sort(key=lambda found: found.get("peak_bytes", -1)) # one that failed comes first
-            peak = runs[len(runs) // 2].get("peak_bytes") if "peak_bytes" in runs[0] else None
-            title = f"stage 1, {count} blocks of hidden size {GEOMETRIES[sizes['growing']]['hidden_size']}{more}"
-            bench.row(title, peak, first.get(more) and int(first[more] * GROWTH), runs[len(runs) // 2] if peak else runs[0], f"median of {times}: {runs[0]['peak_bytes'] / MIB:.0f} to {runs[-1]['peak_bytes'] / MIB:.0f}" if peak and times > 1 else "")
-            first.setdefault(more, peak)
+            found = bench.measure(f"stage 1, {count} blocks of hidden size {GEOMETRIES[sizes['growing']]['hidden_size']}{more}", f"growth-{count}{'-malloc' if env else ''}", first.get(more) and int(first[more] * GROWTH), env=env, times=times,
+                                  job="emulate", model=str(model), out=f"emulator-{name}", rows=sizes["rows"], length=sizes["length"])
+            first.setdefault(more, found.get("peak_bytes"))
+            bench.drop(f"emulator-{name}")
         bench.drop(name)
 
 

@@ -42,8 +42,8 @@ def lora_gradients(
     for start in range(0, len(rows), batch_size):
         numbers = list(range(start, min(start + batch_size, len(rows))))
         batch = {k: v.to(kind) for k, v in collate([rows[n] for n in numbers]).items()}
-        tokens = batch["input_ids"].shape[1]
-        with anchors.batch(numbers, tokens) if anchors else nullcontext(), short_attention(tokens, kind, torch.bfloat16), torch.autocast(kind.type, dtype=torch.bfloat16, enabled=has_units(torch.bfloat16, kind.type)):
+        length = batch["input_ids"].shape[1]
+        with anchors.batch(numbers, length) if anchors else nullcontext(), short_attention(length, kind, torch.bfloat16), torch.autocast(kind.type, dtype=torch.bfloat16, enabled=has_units(torch.bfloat16, kind.type)):
             logits = model(**{k: v for k, v in batch.items() if k != "labels"}, **keep_last(model, batch["labels"])).logits
         losses, tokens = completion_losses(logits, batch["labels"])
         (losses / tokens.clamp_min(1)).sum().div(len(rows)).backward()

@@ -69,8 +69,7 @@ class Rounds(Anchors):
         "The rows in the order of training."
         batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         steps = args.max_steps if args.max_steps > 0 else -(-int(args.num_train_epochs * len(encoded)) // batch)
-        self.walk_options = {"batch_size": args.per_device_train_batch_size} | self.walk_options
-        self.size, self.folder, seeded, order = batch * self.again, Path(args.output_dir), torch.Generator().manual_seed(args.seed), []
+        self.size, self.folder, self.rows_at_once, seeded, order = batch * self.again, Path(args.output_dir), args.per_device_train_batch_size, torch.Generator().manual_seed(args.seed), []
         while len(order) < steps * batch: order += torch.randperm(len(encoded), generator=seeded).tolist()
         args.max_steps, args.train_sampling_strategy, args.save_steps = steps, "sequential", max(1, int(args.save_steps) // self.again) * self.again
         self.rows = encoded.select(order[:steps * batch])
@@ -96,7 +95,7 @@ class Rounds(Anchors):
         if team.is_main_process:
             for old in self.folder.glob("anchors-*"):
                 if not old.name.startswith(folder.name): shutil.rmtree(old)
-            if not folder.is_dir(): compute_anchors(self.emulator, self.model, rows, folder, every=self.every, stored=self.stored, lora=pairs, lent=bare(self.peft) if team.num_processes == 1 else None, **self.walk_options)
+            if not folder.is_dir(): compute_anchors(self.emulator, self.model, rows, folder, every=self.every, stored=self.stored, lora=pairs, lent=bare(self.peft) if team.num_processes == 1 else None, **{"batch_size": self.rows_at_once} | self.walk_options)
             log.info("round %d: anchors of %d rows", number + 1, len(rows))
         team.wait_for_everyone()
         info = self.info
