@@ -61,15 +61,11 @@ def train(emulator, out, *, steps=2, length=128, batch_size=8):
 
 
 def train_in_rounds(emulator, out, *, length=128, batch_size=8, again=25):
-    "Stage 2 as `emloc finetune` does it: after a step, when the optimizer's states are there, the anchors of a whole round."
-    model = emulator_config(emulator).base_model
-    rounds, rows = emloc.Rounds(model, again), encode_rows(texts(batch_size * again, length), load_tokenizer(model), length)
-    class Round(TrainerCallback):
-        def on_step_end(self, args, state, control, model=None, **kwargs):
-            rounds.check(emulator, rows)
-            rounds.numbered(rows, arguments(out, again, batch_size))
-            with rounds.attached(model): rounds.begin(0)
-    emloc.train_adapter(emulator, rows, out, args=arguments(out, 1, batch_size), max_length=length, callbacks=[Round()])
+    "Stage 2 as `emloc finetune` does it: a round, the anchors of the next one when the optimizer's states are there, and three steps with them."
+    class Enough(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs): control.should_training_stop = state.global_step == again + 3
+    emloc.train_adapter(emulator, texts(batch_size * again, length), out, args=arguments(out, 2 * again, batch_size), max_length=length,
+                        anchors=emloc.Rounds(emulator_config(emulator).base_model, again), callbacks=[Enough()])
 
 
 def train_whole(model, out, *, steps=2, length=128, batch_size=8):

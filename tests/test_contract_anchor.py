@@ -122,3 +122,26 @@ def test_blocks_and_bytes():
     assert anchor_bytes(10, 64, 3) == 10 * 3 * 128
     for every in (0, 31):
         with pytest.raises(EmlocError, match="every"): anchored_blocks(30, every)
+
+
+def test_anchors_are_an_ordinary_safetensors_file(llama_stages, task, tmp_path):
+    from safetensors import safe_open
+    rows, s = task.train.select(range(4)), llama_stages
+    for stored, names in (("bfloat16", {"residual"}), ("int8", {"residual", "scale"})):
+        anchors = Anchors(compute_anchors(s.emulator, s.model, rows, tmp_path / stored, stored=stored))
+        for number, block in enumerate(anchors.info["blocks"]):
+            begin = 0
+            with safe_open(tmp_path / stored / f"anchors-{block:05d}.safetensors", "pt") as f:
+                assert set(f.keys()) == names
+                for row, length in enumerate(anchors.info["lengths"]):
+                    part = {n: f.get_slice(n)[begin:begin + length].float() for n in names}
+                    assert torch.equal(anchors.one(row, number).float(), part["residual"] * part.get("scale", 1))
+                    begin += length
+                assert f.get_slice("residual").get_shape()[0] == begin
+
+
+def test_a_file_of_anchors_that_was_cut_short_is_named(llama_stages, task, tmp_path):
+    anchors = Anchors(compute_anchors(llama_stages.emulator, llama_stages.model, task.train.select(range(2)), tmp_path / "anchors"))
+    file = tmp_path / "anchors" / "anchors-00000.safetensors"
+    with open(file, "r+b") as f: f.truncate(file.stat().st_size - 1)
+    with pytest.raises(EmlocError, match="anchors-00000.safetensors.*bytes long"): anchors.read(0)
