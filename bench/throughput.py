@@ -89,7 +89,7 @@ if __name__ == "__main__":
                 result = {"model": name, "parameters_ratio": smaller} | compare(rivals, *case[1:], 1 if args.quick else 5)
                 found.append(result)
                 print(f"{name}, {case[1]} x {case[2]}: emulator {result['ratio']:.2f} times as fast, quantized {result['ratio_quantized']:.2f}", flush=True)
-    lines = ["| model | rows x tokens | LoRA on the model, tokens/s | on the emulator, tokens/s | ratio | parameters of the blocks, ratio | attention's share on the emulator | on the quantized emulator, tokens/s | ratio |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
+    lines = ["| model | rows x tokens | LoRA on the model, tokens/s | on the emulator, tokens/s | ratio | parameters of the blocks, ratio | attention's share on the emulator | on the quantized emulator, tokens/s | its ratio |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     lines += [f"| {r['model']} | {r['rows']} x {r['tokens']} | {r['tokens_per_second']['model']:.0f} | {r['tokens_per_second']['emulator']:.0f} | {r['ratio']:.2f} | {r['parameters_ratio']:.2f} | {r['shares']['emulator']['attention']:.0%} | {r['tokens_per_second']['quantized']:.0f} | {r['ratio_quantized']:.2f} |" for r in found]
     about = machine.describe()
     report = {"machine": about, "ratio": args.ratio, "threads": torch.get_num_threads(), "rows": found, "markdown": "\n".join([*lines, "", f"({machine.line(about)})"])}

@@ -5,6 +5,8 @@
 # %% ../nbs/64_spectra.ipynb #d412debe
 from __future__ import annotations
 
+from itertools import islice
+
 import matplotlib.pyplot as plt
 import torch
 import traitlets
@@ -72,12 +74,11 @@ def spectrum_table(
     last, entries = len(first) - 1, []
     blocks = sorted({0, last // 3, 2 * last // 3, last} if blocks is None else set(blocks))
     if not blocks or not 0 <= blocks[0] <= blocks[-1] <= last: raise EmlocError(f"blocks {blocks}: this model has the blocks 0 to {last}")
-    for seen, judged in tqdm(zip(first, second), desc="spectra", unit="block", total=blocks[-1] + 1):
+    for seen, judged in tqdm(islice(zip(first, second), blocks[-1] + 1), desc="spectra", unit="block", total=blocks[-1] + 1):
         if seen.index not in blocks: seen.run(), judged.run()
         else:
             one, other = look_forward(seen, always=True).inputs, look_forward(judged, always=True).inputs
             entries += [weight_entry(n, dense_weight(m).float(), one[n], other[n]) for n, m in seen.linears.items()]
-        if seen.index == blocks[-1]: break
     return {"weights": entries}
 
 # %% ../nbs/64_spectra.ipynb #c28cc0b0

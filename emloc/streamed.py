@@ -190,7 +190,7 @@ def building_peaks(
                 for step in walk: step.run()
                 ledger.moment = "logits and loss"
             for step, look in backward_pass(walk, run) if metric == "fisher" else ((step, partial(look_forward, always=bool(config.bits))) for step in walk):
-                built = build_block(step, config.ranks, looking(look), config.bits)
+                build_block(step, config.ranks, looking(look), config.bits)
                 ledger.moment = "between blocks"
     return ledger.peaks
 
