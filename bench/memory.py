@@ -101,7 +101,7 @@ def embedded(bench: Bench, base):
     if "error" not in packed:
         emulator = bench.out / "emulator-quantized"
         compare_training(bench, "embedded model", "embedded-quantized", base, emulator, "adapter-quantized", "training the quantized emulator")
-        compare_training(bench, "embedded model", "embedded-rounds", base, emulator, "adapter-rounds", "the same, and the anchors of a round of 25 steps", job="train_in_rounds")
+        compare_training(bench, "embedded model", "embedded-rounds", base, emulator, "adapter-rounds", "the same, in rounds of 25 steps", job="train_in_rounds")
     bench.drop("emulator-quantized", "adapter-quantized", "adapter-rounds")
 
 
@@ -124,7 +124,7 @@ def large(bench: Bench, base):
     bench.measure("anchors", "anchor", GIB, job="anchor", emulator=emulator, model=model, out="anchors", length=length)
     bench.drop("anchors")
     compare_training(bench, "large model", "large", model, emulator, "adapter-large")
-    compare_training(bench, "large model", "large-rounds", model, emulator, "adapter-rounds", "the same, and the anchors of a round of 25 steps", job="train_in_rounds")
+    compare_training(bench, "large model", "large-rounds", model, emulator, "adapter-rounds", "the same, in rounds of 25 steps", job="train_in_rounds")
     bench.drop("adapter-rounds")
     for mode in MODES:
         bench.measure(f"correct, mode {mode}", f"correct-{mode}", GIB, job="correct", adapter=adapter, emulator=emulator, model=model, out=f"corrected-{mode}", mode=mode, length=length, held_out=sizes["judged"])
