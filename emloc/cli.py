@@ -43,8 +43,8 @@ __all__ = ['STAGES', 'OPTIONAL', 'SHARED', 'settle_form', 'emulate', 'finetune',
 
 # %% ../nbs/70_cli.ipynb #ba58c645
 def settle_form(args):
-    "Weights in few bits, unless a metric or ranks by spectrum say that factors are meant; those keep what the loss hears."
-    args.form = args.form or ("lowrank" if args.metric or getattr(args, "ranks", "uniform") == "spectrum" else "quantized")
+    "Weights in few bits, unless ranks by spectrum say that factors are meant; those keep what the loss hears."
+    args.form = args.form or ("lowrank" if getattr(args, "ranks", "uniform") == "spectrum" else "quantized")
     args.metric = args.metric or ("fisher" if args.form == "lowrank" else "activation")
 
 def emulate(args) -> dict:
@@ -103,6 +103,7 @@ def plan(args) -> dict:
 
 def anchored_rows(args, task) -> tuple: # (rows to train on, what train_adapter takes as anchors)
     "The training rows, and their anchors if they are wanted: stored ones, those of rounds, or made now for as many rows as the steps will see."
+    if args.renew and (args.anchors or not args.anchor_every or not args.anchor_again): raise EmlocError("--renew is about training in rounds; leave out --anchors, --anchor-every 0 and --anchor-again 0")
     if args.anchors:
         count = len(Anchors(args.anchors).info["lengths"])
         if count > len(task.train): raise EmlocError(f"anchors {args.anchors}: they are for {count} rows and the task has {len(task.train)}; make them again for this task")
@@ -111,7 +112,7 @@ def anchored_rows(args, task) -> tuple: # (rows to train on, what train_adapter 
     model = args.model or emulator_config(args.emulator).base_model
     try: find_model(model)
     except EmlocError as error: raise EmlocError(f"{error} (anchors need the whole model: name it with --model, or train without them, --anchor-every 0)") from None
-    if args.anchor_again: return task.train, Rounds(model, args.anchor_again, every=args.anchor_every, stored=args.anchor_stored)
+    if args.anchor_again: return task.train, Rounds(model, args.anchor_again, every=args.anchor_every, stored=args.anchor_stored, renew=args.renew)
     rows, folder = task.train.select(range(min(len(task.train), args.steps * args.batch_size * args.accumulation))), Path(f"{args.out}.anchors")
     with processes().main_process_first():
         if not (folder / "anchors.json").is_file():
@@ -270,7 +271,7 @@ def parser() -> Parser:
     c.add_argument("--rows", type=int, default=256, help="calibration rows")
     c.add_argument("--walk-batch", type=int, default=16, help="calibration rows that go through a block together")
     c.add_argument("--form", choices=FORMS, help="of the emulator, as for emulate")
-    c.add_argument("--metric", choices=METRICS, help="of a low-rank emulator")
+    c.add_argument("--metric", choices=METRICS, help="of the emulator, as for emulate")
     c.add_argument("--last-blocks", type=int, help="an emulator of so many blocks, from the end, as for emulate")
     c.add_argument("--train-rows", type=int, default=1000, help="rows that get anchors, if they are wanted")
     c.add_argument("--anchor-every", type=int, default=1, help="blocks between two anchors")
@@ -279,9 +280,9 @@ def parser() -> Parser:
     c.add_argument("--budget", help="memory that all stages may take, such as 24GiB: the largest ratio that fits")
     c.add_argument("--train-batch", type=int, default=8, help="rows of a training step, for --budget")
     c.add_argument("--ranks", choices=["uniform", "spectrum"], default="uniform", help="one ratio for all weights, or as the spectra ask")
-    c.add_argument("--form", choices=FORMS, help="whole weights in few bits (quantized: nearest to the model), or low-rank factors of as many bytes (lowrank: fastest to train); by default quantized, and lowrank where --metric or --ranks spectrum is given")
+    c.add_argument("--form", choices=FORMS, help="whole weights in few bits (quantized: nearest to the model), or low-rank factors of as many bytes (lowrank: fastest to train); by default quantized, and lowrank where --ranks spectrum is given")
     c.add_argument("--last-blocks", type=int, help="only so many blocks, from the end, which then have the bytes of all: finer, but only these learn; training needs anchors")
-    c.add_argument("--metric", choices=METRICS, help="what low-rank factors keep: the outputs on the calibration rows (activation), or the loss (fisher, one walk more, backwards); by default the loss")
+    c.add_argument("--metric", choices=METRICS, help="what is kept: the outputs on the calibration rows (activation), or the loss and its gradients (fisher, one walk more, backwards); by default the loss for low-rank factors, the outputs for quantized weights")
     c.add_argument("--rows", type=int, default=256, help="calibration rows")
     c.add_argument("--restart", action="store_true", help="do not go on with an unfinished run")
     c = options(sub, "anchor", anchor, ["emulator"], "anchors")
@@ -311,6 +312,7 @@ def parser() -> Parser:
     c.add_argument("--anchors", help="directory that `emloc anchor` wrote for these rows")
     c.add_argument("--anchor-every", type=int, default=1, help="anchors after each so many blocks; 0 for none")
     c.add_argument("--anchor-again", type=int, default=25, help="make them again after so many steps, around the LoRA as it is then; 0: once, before the first step")
+    c.add_argument("--renew", action="store_true", help="make the emulator anew as well, around the LoRA as it is then, before the second, third, fifth, ninth, ... round: closer to the model at small ratios, for a walk forward and back each time")
     c.add_argument("--anchor-stored", choices=list(STORED), default="bfloat16", help="how anchors made now are stored")
     c.add_argument("--model", help="the whole model, for the anchors; by default the one that the emulator names")
     c.add_argument("--report-to", default="none", help="tensorboard, wandb, … as the Trainer knows them")

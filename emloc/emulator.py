@@ -140,7 +140,7 @@ def build_block(
         wanted = (name, ranks.get(name, 0))
         gram, gradients = seen.inputs.pop(name), (seen.gradients or {}).pop(name, None)
         if name in bits:
-            layer, errors[name] = quantize(weight, gram, bits[name], name)
+            layer, errors[name] = quantize(weight, gram, bits[name], name, gradients=gradients)
             pairs |= {f"{name}.{n}": t.cpu() for n, t in layer.state_dict().items()}
             continue
         spectrum = decompose_fisher(weight, gram, gradients, *wanted) if gradients else decompose(weight, gram, *wanted)
@@ -169,6 +169,7 @@ def forward_pass(
 def backward_pass(
     walk: Walk, # after the last block
     run: Run, # with the inputs of every block; keeps the gradients, block by block
+    always: bool = False, # inputs and output gradients, even where their smaller side is less work: to round
 ): # yields (step, look): a block in memory, from the last to the first, and what `build_block` looks at it with
     "The blocks in reverse. Each is done when the loop asks for the next, and its inputs are then dropped."
     blocks, done = len(walk), run.done.get("emulator", 0)
@@ -179,7 +180,7 @@ def backward_pass(
         inputs = [None] * len(walk.batches)
         for key, hidden in (load_file(run.file("forward", index)) if index else {}).items(): inputs[int(key.split(".")[1])] = hidden
         def look(step):
-            with watched_inputs(step) as own: found = output_gradients(step, inputs, gradients)
+            with watched_inputs(step, always) as own: found = output_gradients(step, inputs, gradients, always)
             return Seen(add_up(own, step), add_up({(n,): g for n, g in found.items()}, step, Gradients))
         with walk.block(index) as step: yield step, look
         if index: save_file({f"{i:05d}": g.contiguous() for i, g in enumerate(gradients)}, run.file("gradients", blocks - index))
@@ -276,7 +277,7 @@ def build_emulator(
     "Stage 1: one pass over the model, block by block, or for the Fisher metric one forward and one back. Raises `EmlocError` for what it cannot do, and then leaves nothing behind."
     if metric not in METRICS: raise EmlocError(f"metric {metric!r}: must be one of {', '.join(METRICS)}")
     if form not in FORMS: raise EmlocError(f"form {form!r}: must be one of {', '.join(FORMS)}")
-    if form == "quantized" and (metric != "activation" or ranks or plan): raise EmlocError("a quantized emulator has no ranks and knows only the metric 'activation'; leave out ranks, plan and metric, or ask for the form 'lowrank'")
+    if form == "quantized" and (ranks or plan): raise EmlocError("a quantized emulator has no ranks; leave out ranks and plan, or ask for the form 'lowrank'")
     check_out(out)
     path, team = find_model(model), processes()
     walk = Walk(path, calibration, share=(team.process_index, team.num_processes), **walk_options)
@@ -289,7 +290,7 @@ def build_emulator(
     settings = {"model": fingerprint, "ranks": ranks, "calibration": rows_hash(walk.rows), "batch_size": walk.batch_size, "processes": team.num_processes, "metric": metric, "bits": bits, "first": first, "lora": pairs_hash(lora)}
     with Run(out, settings, resume=resume, shared=True) as run:
         if metric == "fisher": forward_pass(walk, run, lora or {})
-        for step, look in backward_pass(walk, run) if metric == "fisher" else ((step, partial(look_forward, always=bool(bits))) for step in run.blocks("emulator", walk)):
+        for step, look in backward_pass(walk, run, bool(bits)) if metric == "fisher" else ((step, partial(look_forward, always=bool(bits))) for step in run.blocks("emulator", walk)):
             with with_lora(step, lora or {}): built = build_block(step, ranks, look, bits) if step.index >= first else pass_by(step, metric)
             give_back()
             if not run.main: continue

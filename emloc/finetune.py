@@ -141,7 +141,7 @@ def pick_up(
     begin = not last or resume is False or (resume is None and not ours)
     team.wait_for_everyone()
     if team.is_main_process:
-        for old in [*folder.glob("checkpoint-*"), *folder.glob("anchors-*")] if begin and ours else (): shutil.rmtree(old)
+        for old in [p for kind in ("checkpoint", "anchors", "emulator") for p in folder.glob(f"{kind}-*")] if begin and ours else (): shutil.rmtree(old)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(note, settings)
     team.wait_for_everyone()
@@ -196,7 +196,7 @@ def save_raw(
     if source.bypassed: adapter.config.target_modules = sorted(adapter.pairs) # by their endings PEFT would find those of the other blocks too
     adapter.config.base_model_name_or_path = str(emulator)
     adapter.info = {"emulator": str(emulator), "model": source.base_model, "model_fingerprint": source.base_fingerprint}
-    if anchors: adapter.info["anchors"] = {k: anchors.info[k] for k in ("every", "stored", "again") if k in anchors.info}
+    if anchors: adapter.info["anchors"] = {k: anchors.info[k] for k in ("every", "stored", "again", "renew") if k in anchors.info}
     write_adapter(adapter, folder)
 
 # %% ../nbs/20_finetune.ipynb #935a8f49

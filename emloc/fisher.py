@@ -40,7 +40,7 @@ class Gradients(Gram):
     ) -> "Gradients":
         "Add rows."
         self.trace += torch.linalg.vector_norm(gradient, dtype=torch.float32).square() # without a copy in float32
-        return self.add(gradient @ weight if len(weight) > weight.shape[1] else gradient)
+        return self.add(gradient @ weight if self.width < len(weight) else gradient)
 
 def tall_root(
     weight: torch.Tensor, # (out, in), out > in
@@ -88,12 +88,13 @@ def output_gradients(
     step: Step, # a block in memory
     inputs: list, # hidden states that went into it, one for each batch
     gradients: list, # of the loss with respect to its outputs; replaced by those with respect to its inputs
+    whole: bool = False, # (out, out), even for tall weights
 ) -> dict: # {module: Gradients}
     "The second moments of every linear of a block, on the way back through it."
     found = {}
     def hook(name, weight):
         def collect(gradient):
-            if name not in found: found[name] = Gradients(min(weight.shape), device=gradient.device)
+            if name not in found: found[name] = Gradients(len(weight) if whole else min(weight.shape), device=gradient.device)
             found[name].hear(gradient, weight)
         def watch(module, args, output):
             if not output.requires_grad: output.requires_grad_() # before the first block nothing asks for a gradient

@@ -94,10 +94,11 @@ class Packed(nn.Module):
 # %% ../nbs/03a_packed.ipynb #2dc472ef
 def as_stored(
     scales: torch.Tensor, # (rows, groups), positive
+    unit: float | None = None, # by default one that fits them
 ) -> tuple: # (the same, rounded to what float8 times the unit holds; the unit, a power of two)
     "Scales as they will be stored."
-    unit = 2.0 ** math.ceil(math.log2(max(float(scales.amax()), 1e-30) / 256)) # the largest is between 128 and 256 units; float8 goes up to 448
-    return (scales / unit).clamp_min(2.0 ** -9).to(torch.float8_e4m3fn).to(scales.dtype) * unit, unit
+    unit = unit or 2.0 ** math.ceil(math.log2(max(float(scales.amax()), 1e-30) / 256)) # the largest is between 128 and 256 units; float8 goes up to 448
+    return (scales / unit).clamp(2.0 ** -9, 448).to(torch.float8_e4m3fn).to(scales.dtype) * unit, unit
 
 # %% ../nbs/03a_packed.ipynb #ab282b78
 GROUP = 64 # neighbours in a row that share a scale

@@ -13,7 +13,8 @@ from .packed import GROUP, QuantizedLinear, as_stored, gaussian_levels, layout
 from .spectrum import Gram, power_of_two
 
 # %% auto #0
-__all__ = ['nearest', 'best_scales', 'carry_matrix', 'round_group', 'round_columns', 'quantize']
+__all__ = ['TURNS', 'nearest', 'best_scales', 'carry_matrix', 'by_loudness', 'round_group', 'round_columns', 'as_numbers',
+           'round_rows', 'quantize']
 
 # %% ../nbs/11a_rounding.ipynb #20ca4da0
 def nearest(
@@ -27,6 +28,7 @@ def nearest(
 def best_scales(
     weight: torch.Tensor, # (out, in), columns in the order in which they will be stored
     parts: list, # [(columns, levels)]
+    unit: float | None = None, # that they are stored in; by default one that fits
 ) -> tuple: # (scales (out, groups), unit)
     "A scale for every group of neighbours, as it will be stored."
     groups = F.pad(weight, (0, -weight.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
@@ -38,7 +40,7 @@ def best_scales(
         error = F.pad(off, (0, -weight.shape[1] % GROUP)).unflatten(1, (-1, GROUP)).square().sum(2)
         best = multiple * size if best is None else torch.where(error < least, multiple * size, best)
         least = error if least is None else torch.minimum(error, least)
-    return as_stored(best)
+    return as_stored(best, unit)
 
 # %% ../nbs/11a_rounding.ipynb #0a563c1e
 def carry_matrix(
@@ -48,7 +50,18 @@ def carry_matrix(
     for dtype in (matrix.dtype, torch.float64):
         try: return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(matrix.to(dtype))), upper=True).to(matrix.dtype)
         except torch.linalg.LinAlgError: pass
-    raise EmlocError("the Gram matrix of its inputs is not positive, not even damped; try other calibration rows")
+    raise EmlocError("a Gram matrix of what it saw is not positive, not even damped; try other calibration rows")
+
+def by_loudness(
+    matrix: torch.Tensor, # G (n, n)
+    damping: float, # added to its diagonal, relative to the mean: more rows than were seen
+) -> tuple: # (order (n,), U (n, n) for this order)
+    "The loudest first: most is left to make up for its error."
+    loud = matrix.diagonal()
+    order = loud.argsort(descending=True, stable=True)
+    damped = matrix[order][:, order]
+    damped.diagonal().add_(damping * loud.mean().clamp_min(torch.finfo(matrix.dtype).tiny))
+    return order, carry_matrix(damped)
 
 def round_group(
     columns: torch.Tensor, # (columns, out), changed in place
@@ -79,6 +92,37 @@ def round_columns(
         columns[own.stop:] -= carry[own, own.stop:].T @ errors
     return torch.cat(numbers).T
 
+
+# %% ../nbs/11a_rounding.ipynb #27dcd7e3
+TURNS = 16 # in which the outputs are rounded
+
+def as_numbers(
+    numbers: torch.Tensor, # (out, in)
+    scales: torch.Tensor, # (out, groups)
+    parts: list, # [(columns, levels)]
+) -> torch.Tensor: # (out, in), in the dtype of the scales
+    "What was rounded to."
+    levels = torch.cat([gaussian_levels(levels).to(scales)[own.long()] for own, (_, levels) in zip(numbers.split([columns for columns, _ in parts], 1), parts)], 1)
+    return levels * scales.repeat_interleave(GROUP, 1)[:, :numbers.shape[1]]
+
+def round_rows(
+    columns: torch.Tensor, # Wᵀ (in, out), the loudest of both first; changed in place
+    scales: torch.Tensor, # (out, groups), changed in place
+    unit: float, # of the scales
+    parts: list, # [(columns, levels)]
+    carry: torch.Tensor, # (in, in), of the inputs
+    heard: torch.Tensor, # (out, out), the same of the output gradients
+) -> torch.Tensor: # (out, in), numbers
+    "A few outputs in each turn, column by column; what is left of their error is carried on to the outputs of later turns."
+    found, size = [], -(-len(heard) // TURNS)
+    for start in range(0, len(heard), size):
+        own, later = slice(start, start + size), slice(start + size, None)
+        scales[own] = best_scales(columns[:, own].T, parts, unit)[0]
+        found.append(round_columns(columns[:, own].clone(), scales[own], parts, carry))
+        error = columns[:, own] - as_numbers(found[-1], scales[own], parts).T
+        columns[:, later] -= torch.linalg.solve_triangular(heard[own, own], error, upper=True, left=False) @ heard[own, later]
+    return torch.cat(found)
+
 @torch.no_grad()
 def quantize(
     weight: torch.Tensor, # W (out, in), any float dtype
@@ -86,25 +130,31 @@ def quantize(
     bits: float, # for each entry, scales and order of the columns included
     name: str = "weight", # the layer, for messages
     damping: float = 0.1, # added to the diagonal of G, relative to its mean: more rows than were seen
-) -> tuple: # (QuantizedLinear without bias, relative error of the outputs)
-    "A weight in so many bits. Raises `EmlocError` when weight or inputs are not finite, and for bits that cannot be."
+    gradients: Gram | None = None, # of its output gradients, (out, out)
+    gradient_damping: float = 1.0, # added to the diagonal of L, relative to its mean
+) -> tuple: # (QuantizedLinear without bias, relative error of the outputs, or with gradients error in the loss)
+    "A weight in so many bits. Raises `EmlocError` when weight, inputs or gradients are not finite, and for bits that cannot be."
     out, in_ = weight.shape
     parts = layout((out, in_), bits)
     power_of_two(float(weight.abs().amax()), f"{name}: the weight has")
     matrix = gram.matrix.to(weight.device)
     if len(matrix) != in_: raise EmlocError(f"{name}: a Gram matrix of width {len(matrix)} is not that of the {in_} inputs, which rounding needs")
-    loud = matrix.diagonal()
-    power_of_two(float(loud.amax()), f"{name}: its inputs on the calibration rows have")
-    order = loud.argsort(descending=True, stable=True)
+    power_of_two(float(matrix.diagonal().amax()), f"{name}: its inputs on the calibration rows have")
+    if gradients: power_of_two(float(gradients.matrix.diagonal().amax()), f"{name}: its output gradients on the calibration rows have")
     layer = QuantizedLinear(in_, out, parts, device=weight.device, dtype=weight.dtype)
-    sorted_gram = matrix[order][:, order]
-    sorted_gram.diagonal().add_(damping * loud.mean().clamp_min(torch.finfo(matrix.dtype).tiny))
-    work = weight.to(matrix.dtype).T[order]
-    scales, unit = best_scales(work.T, parts)
-    try: layer.put(order, round_columns(work, scales, parts, carry_matrix(sorted_gram)), scales, unit)
+    try:
+        order, carry = by_loudness(matrix, damping)
+        rows, heard = by_loudness(gradients.matrix.to(matrix), gradient_damping) if gradients else (None, None)
+        work = weight.to(matrix.dtype).T[order]
+        if gradients: work = work[:, rows]
+        scales, unit = best_scales(work.T, parts)
+        numbers = round_rows(work, scales, unit, parts, carry, heard) if gradients else round_columns(work, scales, parts, carry)
+        if gradients: numbers, scales = numbers[rows.argsort()], scales[rows.argsort()]
+        layer.put(order, numbers, scales, unit)
     except EmlocError as error: raise EmlocError(f"{name}: {error}") from error
-    del sorted_gram, work
+    del carry, heard, work
     W = weight.to(matrix.dtype)
     off = W - layer.dense(matrix.dtype)
-    energy = lambda m: float(((m @ matrix) * m).sum().clamp_min(0))
-    return layer, (energy(off) / max(energy(W), torch.finfo(torch.float64).tiny)) ** 0.5
+    heard = (lambda m: gradients.matrix.to(matrix) @ m) if gradients else (lambda m: m)
+    energy = lambda m: float(((heard(m) @ matrix) * m).sum().clamp_min(0))
+    return layer, (energy(off) / max(energy(W), torch.finfo(matrix.dtype).tiny)) ** 0.5

@@ -17,15 +17,16 @@ from peft.tuners.lora.layer import LoraLayer
 from .adapter import PREFIX, pairs_hash
 from .anchor import Anchors, anchored_blocks, compute_anchors
 from .data import EmlocError
-from .lowrank import check_base
-from .model import Checkpoint, block_names, find_model
+from .emulator import build_emulator
+from .lowrank import check_base, emulator_config
+from .model import Checkpoint, block_names, find_model, skeleton
 from .output import processes
 from .walk import bare
 
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'live_pairs', 'Rounds']
+__all__ = ['log', 'live_pairs', 'same_choice', 'take_over', 'made_in', 'Rounds']
 
 # %% ../nbs/15_rounds.ipynb #37a47497
 def live_pairs(
@@ -34,6 +35,31 @@ def live_pairs(
     "The pairs of a LoRA, as they are now."
     copy = lambda layer: layer["default"].weight.detach().float().cpu().clone()
     return {n.removeprefix(PREFIX): (copy(m.lora_A), copy(m.lora_B), m.scaling["default"]) for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+
+# %% ../nbs/15_rounds.ipynb #cb74e5ed
+def same_choice(
+    emulator, # an emulator directory
+) -> dict: # keyword arguments for build_emulator
+    "What makes another emulator of the same shapes and the same metric."
+    config = emulator_config(emulator)
+    last = len(block_names(skeleton(Checkpoint(emulator)))) - len(config.bypassed) if config.bypassed else None
+    return {"form": "quantized", "ratio": config.ratio} | {"metric": config.metric, "last": last} if config.bits else {"ranks": config.ranks, "metric": config.metric, "last": last}
+
+def take_over(
+    model: PeftModel, # an emulator with a LoRA, in memory
+    emulator, # the directory of another with the same shapes
+):
+    "Replace the emulated weights, in place."
+    checkpoint, config, own = Checkpoint(emulator), emulator_config(emulator), bare(model)
+    for name in config.ranks | config.bits:
+        module = own.get_submodule(name)
+        for part, parameter in getattr(module, "base_layer", module).named_parameters(): parameter.data.copy_(checkpoint.read(f"{name}.{part}"))
+
+def made_in(
+    folder: Path, # of checkpoints
+) -> list: # directories
+    "What rounds have left there."
+    return [*folder.glob("anchors-*"), *folder.glob("emulator-*")]
 
 # %% ../nbs/15_rounds.ipynb #76cca1d4
 class Rounds(Anchors):
@@ -45,10 +71,11 @@ class Rounds(Anchors):
         *,
         every: int = 1, # an anchor after each so many blocks, and after the last
         stored: str = "bfloat16", # or float32, or int8
-        **walk_options, # for both walks: batch_size (rows; by default that of the training), device
+        renew: bool = False, # make the emulator anew as well, around the LoRA, before the rounds 1, 2, 4, 8, …
+        **walk_options, # for the walks: batch_size (rows; by default that of the training), device
     ):
         if again < 1: raise EmlocError(f"anchors again every {again} steps: must be at least 1")
-        self.model, self.again, self.every, self.stored, self.walk_options = model, again, every, stored, walk_options
+        self.model, self.again, self.every, self.stored, self.renew, self.walk_options = model, again, every, stored, renew, walk_options
         self.current = self.now = None # the round whose anchors are open
 
     def check(
@@ -59,7 +86,7 @@ class Rounds(Anchors):
         "Raises `EmlocError` unless the model is the emulator's."
         base = Checkpoint(find_model(self.model))
         self.emulator, self.first = emulator, len(check_base(emulator, base, self.model).bypassed)
-        self.info = {"every": self.every, "stored": self.stored, "again": self.again, "model": base.fingerprint()}
+        self.info = {"every": self.every, "stored": self.stored, "again": self.again, "model": base.fingerprint()} | ({"renew": True} if self.renew else {})
 
     def numbered(
         self,
@@ -79,8 +106,13 @@ class Rounds(Anchors):
         self,
         tokenizer, # which the walks use too
     ):
-        self.walk_options = {"tokenizer": tokenizer} | self.walk_options
+        self.tokenizer = tokenizer
         return super().collator(tokenizer)
+
+    def walking(self) -> dict: # options
+        "The walks use what the training has in memory."
+        lent = bare(self.peft) if processes().num_processes == 1 else None
+        return {"batch_size": self.rows_at_once, "tokenizer": self.tokenizer, "lent": lent} | self.walk_options
 
     @contextmanager
     def attached(
@@ -90,7 +122,7 @@ class Rounds(Anchors):
         self.peft = model
         self.info["blocks"] = anchored_blocks(len(block_names(model)), self.every, self.first)
         with super().attached(model): yield
-        for old in self.folder.glob("anchors-*") if processes().is_main_process else (): shutil.rmtree(old)
+        for old in made_in(self.folder) if processes().is_main_process else (): shutil.rmtree(old)
 
     def begin(
         self,
@@ -99,15 +131,31 @@ class Rounds(Anchors):
         "Make the anchors of a round, or open those that an interrupted run has left."
         first, pairs, team = number * self.size, live_pairs(self.peft), processes()
         rows, folder = self.rows.select(range(first, min(first + self.size, len(self.rows)))), self.folder / f"anchors-{number:05d}-{pairs_hash(pairs)}"
+        if self.renew and number: self.renewed(1 << number.bit_length() - 1, number, rows, pairs)
         if team.is_main_process:
             for old in self.folder.glob("anchors-*"):
                 if not old.name.startswith(folder.name): shutil.rmtree(old)
-            if not folder.is_dir(): compute_anchors(self.emulator, self.model, rows, folder, every=self.every, stored=self.stored, lora=pairs, lent=bare(self.peft) if team.num_processes == 1 else None, **{"batch_size": self.rows_at_once} | self.walk_options)
+            if not folder.is_dir(): compute_anchors(self.emulator, self.model, rows, folder, every=self.every, stored=self.stored, lora=pairs, **self.walking())
             log.info("round %d: anchors of %d rows", number + 1, len(rows))
         team.wait_for_everyone()
         info = self.info
         self.open(folder)
         self.info, self.now = info, number
+
+    def renewed(
+        self,
+        turn: int, # the last round, this one included, that began with a new emulator
+        number: int, # of this round
+        rows, # of this round
+        pairs: dict, # the LoRA
+    ):
+        "Go on with the emulator of that round. It is made around the LoRA from the round's own rows, or an interrupted run has left it."
+        found = [p for p in self.folder.glob(f"emulator-{turn:05d}-*") if p.suffix != ".partial"]
+        path = self.folder / f"emulator-{turn:05d}-{pairs_hash(pairs)}" if turn == number else found[0] if found else None
+        if path is None: raise EmlocError(f"{self.folder}: the emulator of round {turn + 1} is not here any more; begin the training again from its first step")
+        if not path.is_dir(): build_emulator(self.model, rows, path, lora=pairs, **same_choice(self.emulator), **self.walking())
+        if path != self.emulator: take_over(self.peft, path)
+        self.emulator = path
 
     @contextmanager
     def batch(

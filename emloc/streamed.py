@@ -189,7 +189,7 @@ def building_peaks(
             if metric == "fisher":
                 for step in walk: step.run()
                 ledger.moment = "logits and loss"
-            for step, look in backward_pass(walk, run) if metric == "fisher" else ((step, partial(look_forward, always=bool(config.bits))) for step in walk):
+            for step, look in backward_pass(walk, run, bool(config.bits)) if metric == "fisher" else ((step, partial(look_forward, always=bool(config.bits))) for step in walk):
                 build_block(step, config.ranks, looking(look), config.bits)
                 ledger.moment = "between blocks"
     return ledger.peaks

@@ -110,10 +110,15 @@ def test_the_module_is_a_program():
     assert done.returncode == 0 and "finetune" in done.stdout
 
 
-@pytest.mark.parametrize("again", [0, 1])
-def test_finetune_makes_anchors_once_or_in_rounds(again, stages, rows, llama, tmp_path):
-    words = ["finetune", stages / "emulate", rows, "--steps", "2", "--rank", "2", "--anchor-every", "2", "--anchor-again", again, "--out", tmp_path / "raw"]
+def test_new_emulators_are_for_rounds(stages, rows, tmp_path, capsys):
+    assert main([*map(str, ["finetune", stages / "emulate", rows, "--anchor-again", 0, "--renew", "--out", tmp_path / "raw"])]) == 2
+    assert "--renew" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("again, renew", [(0, False), (1, False), (1, True)])
+def test_finetune_makes_anchors_once_or_in_rounds(again, renew, stages, rows, llama, tmp_path):
+    words = ["finetune", stages / "emulate", rows, "--steps", "2", "--rank", "2", "--anchor-every", "2", "--anchor-again", again, "--out", tmp_path / "raw", *["--renew"] * renew]
     assert main([*map(str, words)]) == 0
     from emloc.adapter import read_adapter
-    assert read_adapter(tmp_path / "raw").info["anchors"] == {"every": 2, "stored": "bfloat16"} | ({"again": 1} if again else {})
+    assert read_adapter(tmp_path / "raw").info["anchors"] == {"every": 2, "stored": "bfloat16"} | ({"again": 1} if again else {}) | ({"renew": True} if renew else {})
     assert sorted(p.name for p in tmp_path.iterdir()) == (["raw"] if again else ["raw", "raw.anchors"])

@@ -45,7 +45,7 @@ def test_the_last_block_has_the_bytes_of_all_and_the_others_have_none(model, sma
     assert 0.75 * asked < linear_bytes(small, shapes) < 1.1 * asked
 
 
-@pytest.mark.parametrize("form, metric", [("quantized", "activation"), ("lowrank", "activation"), ("lowrank", "fisher")])
+@pytest.mark.parametrize("form, metric", [("quantized", "activation"), ("quantized", "fisher"), ("lowrank", "activation"), ("lowrank", "fisher")])
 def test_with_anchors_it_is_the_model_around_any_lora(models, family, task, tmp_path, form, metric):
     model = models[family]
     emulator, rows = build(model, task, tmp_path / "emulator", form=form, metric=metric), task.train.select(range(6))

@@ -71,6 +71,41 @@ def test_rounding_in_the_metric_of_the_inputs_beats_the_nearest_levels(bits, see
     assert error < 0.6 * output_error(W, nearest.dense(), x)
 
 
+@pytest.fixture
+def heard():
+    "Output gradients of few directions, and rows of W whose output nothing hears."
+    seed = torch.Generator().manual_seed(1)
+    g = torch.randn(300, 12, generator=seed) @ torch.randn(12, 70, generator=seed) + 0.1 * torch.randn(300, 70, generator=seed)
+    g[:, 20:40] = 0
+    return g
+
+
+def in_the_loss(W, other, x, g):
+    "tr(L Δ G Δᵀ) from rows of inputs and of gradients, relative to that of W."
+    return float((g @ (W - other) @ x.T).square().sum() / (g @ W @ x.T).square().sum()) ** 0.5
+
+
+def on_the_way_back(W, other, g): return float(((g @ (W - other)).square().sum() / (g @ W).square().sum()).sqrt())
+
+
+@pytest.mark.parametrize("bits", [1.6, 3.1])
+def test_rounding_in_the_metric_of_both_sides_keeps_the_loss_and_the_way_back(bits, seen, heard):
+    W, x = seen
+    gram, gradients = Gram(150).add(x), Gram(70).add(heard)
+    layer, error = quantize(W, gram, bits, gradients=gradients)
+    deaf = quantize(W, gram, bits)[0].dense()
+    assert error == pytest.approx(in_the_loss(W, layer.dense(), x, heard), rel=2e-2)
+    assert error < 0.75 * in_the_loss(W, deaf, x, heard)
+    assert on_the_way_back(W, layer.dense(), heard) < 0.8 * on_the_way_back(W, deaf, heard)
+    assert output_error(W, layer.dense(), x) < 1.5 * output_error(W, deaf, x) # what nothing hears is not given up
+
+
+def test_where_nothing_is_heard_only_the_inputs_count(seen):
+    W, x = seen
+    both, one = quantize(W, Gram(150).add(x), 2.0, gradients=Gram(70))[0], quantize(W, Gram(150).add(x), 2.0)[0]
+    assert torch.equal(both.dense(), one.dense())
+
+
 def test_many_bits_are_nearly_the_weight(seen):
     W, x = seen
     layer, error = quantize(W, Gram(150).add(x), 8.38)
@@ -102,11 +137,11 @@ def test_columns_that_no_input_reaches_and_weights_of_zero_do_no_harm(seen):
     assert float(layer.dense().abs().max()) < 1e-20
 
 
-@pytest.mark.parametrize("where", ["weight", "inputs"])
-def test_what_is_not_finite_is_named(where, seen):
+@pytest.mark.parametrize("where", ["weight", "inputs", "gradients"])
+def test_what_is_not_finite_is_named(where, seen, heard):
     W, x = seen
-    (W if where == "weight" else x)[3, 3] = float("nan")
-    with pytest.raises(EmlocError, match="up_proj.*NaN"): quantize(W, Gram(150).add(x), 2.0, "up_proj")
+    {"weight": W, "inputs": x, "gradients": heard}[where][3, 3] = float("nan")
+    with pytest.raises(EmlocError, match=f"up_proj.*{where}.*NaN"): quantize(W, Gram(150).add(x), 2.0, "up_proj", gradients=Gram(70).add(heard))
 
 
 @pytest.fixture
@@ -126,6 +161,14 @@ def test_an_emulator_is_made_of_the_rounded_weights_and_as_small_as_asked_for(mo
         bias = getattr(emulator.get_submodule(name), "bias", None)
         if bias is not None: assert torch.equal(bias, whole.read(f"{name}.bias"))
     assert tiny.differs(tiny.logits(emulator), tiny.logits(tiny.load(model))) > 0
+
+
+def test_in_the_fisher_metric_every_weight_is_rounded_for_its_gradients_too(model, rows, tmp_path):
+    plain, fisher = (build_emulator(model, rows, tmp_path / metric, ratio=0.1, form="quantized", metric=metric) for metric in ("activation", "fisher"))
+    assert emulator_config(fisher).metric == "fisher" and emulator_config(fisher).bits == emulator_config(plain).bits
+    differ = [not torch.equal(emulator_weight(Checkpoint(plain), name), emulator_weight(Checkpoint(fisher), name)) for name in emulator_config(plain).bits]
+    assert all(differ)
+    assert tiny.differs(tiny.logits(load_emulator(fisher)), tiny.logits(tiny.load(model))) > 0
 
 
 def test_more_bits_are_more_like_the_model(llama, rows, tmp_path):
@@ -148,8 +191,9 @@ def test_a_cast_and_another_save_keep_the_bytes(make_stages, tmp_path):
     for name in emulator_config(path).bits: assert torch.equal(half.get_submodule(name).dense(), emulator_weight(Checkpoint(tmp_path / "again"), name))
 
 
-def test_an_interrupted_run_goes_on_to_the_same_bytes(llama, rows, tmp_path, monkeypatch):
-    options = {"ratio": 0.15, "form": "quantized"}
+@pytest.mark.parametrize("metric", ["activation", "fisher"])
+def test_an_interrupted_run_goes_on_to_the_same_bytes(metric, llama, rows, tmp_path, monkeypatch):
+    options = {"ratio": 0.15, "form": "quantized", "metric": metric}
     undisturbed = tiny.contents(build_emulator(llama, rows, tmp_path / "undisturbed", **options))
     real = emloc.emulator.build_block
     def stop(step, *more):
@@ -162,7 +206,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(llama, rows, tmp_path, mon
 
 
 @pytest.mark.parametrize("options, message", [
-    (dict(ratio=0.15, metric="fisher"), "metric"), (dict(ranks={"model.layers.0.mlp.up_proj": 3}), "ranks"), ({}, "ratio"), (dict(ratio=0.03), "between"),
+    (dict(ranks={"model.layers.0.mlp.up_proj": 3}), "ranks"), ({}, "ratio"), (dict(ratio=0.03), "between"),
     (dict(ratio=0), "ratio 0")])
 def test_what_a_quantized_emulator_cannot_be_leaves_nothing(options, message, llama, rows, tmp_path):
     with pytest.raises(EmlocError, match=message): build_emulator(llama, rows, tmp_path / "emulator", form="quantized", **options)

@@ -1,4 +1,6 @@
 """Rounds: the emulator is exact around the LoRA as it is when a round begins, whatever has been learnt until then."""
+from types import SimpleNamespace
+
 import pytest
 import tiny
 import torch
@@ -8,9 +10,11 @@ from emloc.adapter import read_adapter
 from emloc.anchor import Anchors, compute_anchors
 from emloc.correct import correct_adapter
 from emloc.data import EmlocError, collator, encode_rows
+from emloc.emulator import build_emulator
 from emloc.finetune import load_adapter, lora_config, train_adapter, training_args
-from emloc.lowrank import load_emulator
+from emloc.lowrank import emulator_config, load_emulator
 from emloc.rounds import Rounds, live_pairs
+from emloc.walk import bare
 
 
 def test_around_a_trained_lora_the_logits_are_those_of_the_model_with_it(stages, task, tmp_path):
@@ -50,8 +54,11 @@ def trained(s, task, out, rounds, **options):
     return losses
 
 
-def test_at_the_beginning_of_every_round_the_loss_is_the_models(llama_stages, task, tmp_path):
-    s, rounds = llama_stages, Watched(llama_stages.model, 3, stored="float32")
+@pytest.mark.parametrize("renew", [False, True])
+@pytest.mark.parametrize("family", ["llama_stages", "llama, quantized"])
+def test_at_the_beginning_of_every_round_the_loss_is_the_models(renew, family, llama_stages, make_stages, task, tmp_path):
+    s = llama_stages if family == "llama_stages" else make_stages(family)
+    rounds = Watched(s.model, 3, stored="float32", renew=renew)
     losses = trained(s, task, tmp_path / "raw", rounds)
     whole, off = load_adapter(tiny.load(s.model), correct_adapter(tmp_path / "raw", s.emulator, s.model, tmp_path / "none", mode="none")).eval(), []
     for (pairs, rows), loss in zip(rounds.seen, losses, strict=True):
@@ -78,6 +85,27 @@ def test_every_row_is_trained_on_once_an_epoch_and_nothing_is_left_behind(llama_
     assert sorted(rows[:36]) == sorted(rows[36:]) == everything and rows[:36] != rows[36:]
     assert [p.name for p in tmp_path.iterdir()] == ["raw"]
     assert read_adapter(tmp_path / "raw").info["anchors"] == {"every": 1, "stored": "bfloat16", "again": 4}
+
+
+@pytest.mark.parametrize("form, metric", [("lowrank", "activation"), ("lowrank", "fisher"), ("quantized", "activation"), ("quantized", "fisher")])
+def test_new_emulators_are_those_of_the_lora_and_the_rows_of_their_round(form, metric, llama, task, tmp_path):
+    s = SimpleNamespace(model=llama, emulator=build_emulator(llama, task.calibration(16), tmp_path / "emulator", ratio=0.2, form=form, metric=metric))
+    class Kept(Watched):
+        def renewed(self, turn, number, rows, pairs):
+            super().renewed(turn, number, rows, pairs)
+            own = bare(self.peft)
+            self.made = [*getattr(self, "made", []), (number, self.emulator.name, rows, pairs, {n.replace(".base_layer", ""): p.clone() for n, p in own.state_dict().items() if "lora_" not in n})]
+    rounds = Kept(llama, 1, renew=True)
+    trained(s, task, tmp_path / "raw", rounds, steps=6)
+    assert [number for number, *_ in rounds.made] == [1, 2, 3, 4, 5]
+    names = [name for _, name, *_ in rounds.made]
+    assert names[1] == names[2] and names[3] == names[4] and len(set(names)) == 3
+    assert [p.name for p in tmp_path.iterdir() if p.name != "emulator"] == ["raw"] and read_adapter(tmp_path / "raw").info["anchors"]["renew"]
+    _, _, rows, pairs, state = rounds.made[3]
+    assert len(rows) == 4 and tuple(rows["input_ids"][0]) == tuple(rounds.rows[16]["input_ids"])
+    expected = load_emulator(build_emulator(llama, rows, tmp_path / "expected", form=form, metric=metric, lora=pairs, batch_size=4, **({"ratio": 0.2} if form == "quantized" else {"ranks": emulator_config(s.emulator).ranks})))
+    for name, p in expected.state_dict().items(): assert torch.equal(p, state[name]), name
+    assert any(not torch.equal(a, b) for a, b in zip(load_emulator(s.emulator).state_dict().values(), expected.state_dict().values()))
 
 
 def test_accumulation_and_checkpointing_see_the_right_rows(llama_stages, task, tmp_path):

@@ -43,13 +43,13 @@ def rows(): # in each of the two batches one that is a little shorter than the o
     return Dataset.from_list(encoded)
 
 
-@pytest.mark.parametrize("metric", ["activation", "fisher", "quantized"])
+@pytest.mark.parametrize("form, metric", [("lowrank", "activation"), ("lowrank", "fisher"), ("quantized", "activation"), ("quantized", "fisher")])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
-def test_a_simulated_build_holds_what_a_real_one_holds(models, family, metric, tmp_path, caplog):
+def test_a_simulated_build_holds_what_a_real_one_holds(models, family, form, metric, tmp_path, caplog):
     caplog.set_level("WARNING", logger="emloc") # pytest keeps what is logged, and with it the block that was built
     shapes = linear_shapes(bare_model(*find_config(models[family])))
-    choice, options = (choose_bits(shapes, 0.15, torch.float32), {"ratio": 0.15, "form": metric}) if metric == "quantized" else (uniform(shapes, 0.5), {"ranks": uniform(shapes, 0.5), "metric": metric})
-    with any_machine(), taken_forks() as taken, Witness() as witness: build_emulator(models[family], rows(), tmp_path / "emulator", batch_size=BATCH, **options)
+    choice, options = (choose_bits(shapes, 0.15, torch.float32), {"ratio": 0.15}) if form == "quantized" else (uniform(shapes, 0.5), {"ranks": uniform(shapes, 0.5)})
+    with any_machine(), taken_forks() as taken, Witness() as witness: build_emulator(models[family], rows(), tmp_path / "emulator", batch_size=BATCH, form=form, metric=metric, **options)
     model = shorten(bare_model(*find_config(models[family])), 2 if metric == "fisher" else 1)
     peaks = building_peaks(model, choice, BATCH, LENGTH, metric=metric, completion=6, taken=taken)
     real, simulated = (max(sum(p.values()) for p in found.values()) for found in (witness.peaks, peaks))
