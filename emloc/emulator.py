@@ -24,7 +24,7 @@ from .backward import loss_gradient
 from .data import EmlocError, rows_hash
 from .fisher import METRICS, Gradients, decompose_fisher, output_gradients
 from .lowrank import EmulatorConfig, LowRankLinear
-from .model import Checkpoint, dense_weight, find_model, give_back, linear_shapes, read_header
+from .model import dense_weight, find_model, give_back, linear_shapes, read_header
 from .output import Run, check_out, processes, write_json
 from .packed import layout, overhead
 from .rank import check_ratio, of_last, uniform

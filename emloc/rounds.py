@@ -26,7 +26,7 @@ from .walk import bare
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'live_pairs', 'same_choice', 'take_over', 'made_in', 'Rounds']
+__all__ = ['log', 'CALIBRATION', 'live_pairs', 'same_choice', 'take_over', 'made_in', 'Rounds']
 
 # %% ../nbs/15_rounds.ipynb #37a47497
 def live_pairs(
@@ -62,6 +62,8 @@ def made_in(
     return [*folder.glob("anchors-*"), *folder.glob("emulator-*")]
 
 # %% ../nbs/15_rounds.ipynb #76cca1d4
+CALIBRATION = 256 # rows, at least, for a new emulator
+
 class Rounds(Anchors):
     "Anchors that are made for the rows of the next steps, around the LoRA as it is then."
     def __init__(
@@ -131,7 +133,7 @@ class Rounds(Anchors):
         "Make the anchors of a round, or open those that an interrupted run has left."
         first, pairs, team = number * self.size, live_pairs(self.peft), processes()
         rows, folder = self.rows.select(range(first, min(first + self.size, len(self.rows)))), self.folder / f"anchors-{number:05d}-{pairs_hash(pairs)}"
-        if self.renew and number: self.renewed(1 << number.bit_length() - 1, number, rows, pairs)
+        if self.renew and number: self.renewed(1 << number.bit_length() - 1, number, pairs)
         if team.is_main_process:
             for old in self.folder.glob("anchors-*"):
                 if not old.name.startswith(folder.name): shutil.rmtree(old)
@@ -142,18 +144,26 @@ class Rounds(Anchors):
         self.open(folder)
         self.info, self.now = info, number
 
+    def coming(
+        self,
+        number: int, # of a round
+    ): # rows
+        "Those of a round and after it, as many as stage 1 takes; towards the end some of those before it too."
+        count = min(max(self.size, CALIBRATION), len(self.rows))
+        first = min(number * self.size, len(self.rows) - count)
+        return self.rows.select(range(first, first + count))
+
     def renewed(
         self,
         turn: int, # the last round, this one included, that began with a new emulator
         number: int, # of this round
-        rows, # of this round
         pairs: dict, # the LoRA
     ):
-        "Go on with the emulator of that round. It is made around the LoRA from the round's own rows, or an interrupted run has left it."
+        "Go on with the emulator of that round. It is made around the LoRA from the rows that come next, or an interrupted run has left it."
         found = [p for p in self.folder.glob(f"emulator-{turn:05d}-*") if p.suffix != ".partial"]
         path = self.folder / f"emulator-{turn:05d}-{pairs_hash(pairs)}" if turn == number else found[0] if found else None
         if path is None: raise EmlocError(f"{self.folder}: the emulator of round {turn + 1} is not here any more; begin the training again from its first step")
-        if not path.is_dir(): build_emulator(self.model, rows, path, lora=pairs, **same_choice(self.emulator), **self.walking())
+        if not path.is_dir(): build_emulator(self.model, self.coming(number), path, lora=pairs, **same_choice(self.emulator), **self.walking())
         if path != self.emulator: take_over(self.peft, path)
         self.emulator = path
 

@@ -13,10 +13,11 @@ import torch
 from .model import header, read_header
 
 # %% auto #0
-__all__ = ['KINDS', 'RowFile']
+__all__ = ['KINDS', 'DTYPES', 'RowFile']
 
 # %% ../nbs/12a_rowfile.ipynb #47947b17
 KINDS = {torch.bfloat16: "BF16", torch.float32: "F32", torch.int8: "I8"} # as safetensors calls them
+DTYPES = {kind: dtype for dtype, kind in KINDS.items()}
 
 class RowFile:
     "A safetensors file with columns of shape (tokens of all rows, features), of which a row is a stretch."
@@ -33,10 +34,11 @@ class RowFile:
     ):
         "A file of the full size, without numbers yet; one that is there is written over."
         tokens = self.ends[-1]
-        start = header({name: (KINDS[t.dtype], (tokens, t.shape[-1]), tokens * t.shape[-1] * t.itemsize) for name, t in parts.items()})
+        columns = {name: (KINDS[t.dtype], (tokens, t.shape[-1]), tokens * t.shape[-1] * t.itemsize) for name, t in parts.items()}
+        start = header(columns)
         with open(self.path, "wb") as f:
             f.write(start)
-            f.truncate(len(start) + sum(tokens * t.shape[-1] * t.itemsize for t in parts.values()))
+            f.truncate(len(start) + sum(size for *_, size in columns.values()))
 
     def places(
         self,
@@ -44,9 +46,9 @@ class RowFile:
     ) -> dict: # {column: (dtype, features, first byte, bytes)}
         "Where a row is."
         if self.columns is None: self.columns = read_header(self.path)
-        found, dtypes = {}, {v: k for k, v in KINDS.items()}
+        found = {}
         for name, entry in self.columns.items():
-            dtype, features = dtypes[entry["dtype"]], entry["shape"][1]
+            dtype, features = DTYPES[entry["dtype"]], entry["shape"][1]
             begin, end = (entry["start"] + n * features * dtype.itemsize for n in self.ends[row:row + 2])
             found[name] = dtype, features, begin, end - begin
         return found

@@ -88,13 +88,14 @@ def test_every_row_is_trained_on_once_an_epoch_and_nothing_is_left_behind(llama_
 
 
 @pytest.mark.parametrize("form, metric", [("lowrank", "activation"), ("lowrank", "fisher"), ("quantized", "activation"), ("quantized", "fisher")])
-def test_new_emulators_are_those_of_the_lora_and_the_rows_of_their_round(form, metric, llama, task, tmp_path):
+def test_new_emulators_are_those_of_the_lora_and_the_rows_that_come_next(form, metric, llama, task, tmp_path, monkeypatch):
     s = SimpleNamespace(model=llama, emulator=build_emulator(llama, task.calibration(16), tmp_path / "emulator", ratio=0.2, form=form, metric=metric))
+    monkeypatch.setattr("emloc.rounds.CALIBRATION", 10)
     class Kept(Watched):
-        def renewed(self, turn, number, rows, pairs):
-            super().renewed(turn, number, rows, pairs)
+        def renewed(self, turn, number, pairs):
+            super().renewed(turn, number, pairs)
             own = bare(self.peft)
-            self.made = [*getattr(self, "made", []), (number, self.emulator.name, rows, pairs, {n.replace(".base_layer", ""): p.clone() for n, p in own.state_dict().items() if "lora_" not in n})]
+            self.made = [*getattr(self, "made", []), (number, self.emulator.name, self.coming(number), pairs, {n.replace(".base_layer", ""): p.clone() for n, p in own.state_dict().items() if "lora_" not in n})]
     rounds = Kept(llama, 1, renew=True)
     trained(s, task, tmp_path / "raw", rounds, steps=6)
     assert [number for number, *_ in rounds.made] == [1, 2, 3, 4, 5]
@@ -102,7 +103,8 @@ def test_new_emulators_are_those_of_the_lora_and_the_rows_of_their_round(form, m
     assert names[1] == names[2] and names[3] == names[4] and len(set(names)) == 3
     assert [p.name for p in tmp_path.iterdir() if p.name != "emulator"] == ["raw"] and read_adapter(tmp_path / "raw").info["anchors"]["renew"]
     _, _, rows, pairs, state = rounds.made[3]
-    assert len(rows) == 4 and tuple(rows["input_ids"][0]) == tuple(rounds.rows[16]["input_ids"])
+    assert [tuple(ids) for ids in rows["input_ids"]] == [tuple(rounds.rows[i]["input_ids"]) for i in range(14, 24)] # the round begins with row 16, and 24 are all
+    assert [tuple(ids) for ids in rounds.made[0][2]["input_ids"]] == [tuple(rounds.rows[i]["input_ids"]) for i in range(4, 14)]
     expected = load_emulator(build_emulator(llama, rows, tmp_path / "expected", form=form, metric=metric, lora=pairs, batch_size=4, **({"ratio": 0.2} if form == "quantized" else {"ranks": emulator_config(s.emulator).ranks})))
     for name, p in expected.state_dict().items(): assert torch.equal(p, state[name]), name
     assert any(not torch.equal(a, b) for a, b in zip(load_emulator(s.emulator).state_dict().values(), expected.state_dict().values()))
