@@ -25,6 +25,7 @@ from .lowrank import emulator_config, load_emulator
 from .model import Checkpoint, block_names, find_model, give_back
 from .output import check_out, check_same, last_checkpoint, new_directory, processes, write_json
 from .pairlora import load_adapter, lora_config, wrap
+from .rounds import made_in
 from .walk import bare, hidden_of, keep_last
 
 # %% auto #0
@@ -141,7 +142,7 @@ def pick_up(
     begin = not last or resume is False or (resume is None and not ours)
     team.wait_for_everyone()
     if team.is_main_process:
-        for old in [p for kind in ("checkpoint", "anchors", "emulator") for p in folder.glob(f"{kind}-*")] if begin and ours else (): shutil.rmtree(old)
+        for old in [*folder.glob("checkpoint-*"), *made_in(folder)] if begin and ours else (): shutil.rmtree(old)
         folder.mkdir(parents=True, exist_ok=True)
         write_json(note, settings)
     team.wait_for_everyone()

@@ -43,7 +43,8 @@ def same_choice(
     "What makes another emulator of the same shapes and the same metric."
     config = emulator_config(emulator)
     last = len(block_names(skeleton(Checkpoint(emulator)))) - len(config.bypassed) if config.bypassed else None
-    return {"form": "quantized", "ratio": config.ratio} | {"metric": config.metric, "last": last} if config.bits else {"ranks": config.ranks, "metric": config.metric, "last": last}
+    size = {"form": "quantized", "ratio": config.ratio} if config.bits else {"ranks": config.ranks}
+    return size | {"metric": config.metric, "last": last}
 
 def take_over(
     model: PeftModel, # an emulator with a LoRA, in memory
