@@ -13,34 +13,38 @@ from .packed import GROUP, QuantizedLinear, as_stored, gaussian_levels, layout
 from .spectrum import Gram, power_of_two
 
 # %% auto #0
-__all__ = ['TURNS', 'nearest', 'best_scales', 'carry_matrix', 'by_loudness', 'round_group', 'round_columns', 'as_numbers',
-           'round_rows', 'quantize']
+__all__ = ['TURNS', 'level_table', 'nearest', 'best_scales', 'carry_matrix', 'by_loudness', 'round_group', 'waves',
+           'within_groups', 'round_weight', 'quantize']
 
 # %% ../nbs/11a_rounding.ipynb #20ca4da0
+def level_table(
+    parts: list, # [(columns, levels)]
+    like: torch.Tensor, # float, on some device
+) -> torch.Tensor: # (groups, GROUP, most levels), ascending; then infinity; columns that are not there have the level 0
+    "What every column can be rounded to."
+    most, there = max(levels for _, levels in parts), sum(columns for columns, _ in parts)
+    rows = [F.pad(gaussian_levels(levels).to(like), (0, most - levels), value=torch.inf).expand(columns, -1) for columns, levels in parts]
+    return F.pad(torch.cat(rows), (0, 0, 0, -there % GROUP)).unflatten(0, (-1, GROUP))
+
 def nearest(
-    x: torch.Tensor, # in units of its scales
-    book: torch.Tensor, # (levels,), ascending
+    x: torch.Tensor, # (..., numbers), in units of their scales
+    levels: torch.Tensor, # (..., levels), ascending
 ) -> tuple: # (numbers, the levels that they stand for)
     "To the nearest level."
-    numbers = torch.bucketize(x.contiguous(), (book[1:] + book[:-1]) / 2)
-    return numbers, book[numbers]
+    numbers = torch.searchsorted((levels[..., 1:] + levels[..., :-1]) / 2, x.contiguous())
+    return numbers, levels.gather(-1, numbers)
 
 def best_scales(
-    weight: torch.Tensor, # (out, in), columns in the order in which they will be stored
-    parts: list, # [(columns, levels)]
-    unit: float | None = None, # that they are stored in; by default one that fits
-) -> tuple: # (scales (out, groups), unit)
-    "A scale for every group of neighbours, as it will be stored."
-    groups = F.pad(weight, (0, -weight.shape[1] % GROUP)).unflatten(1, (-1, GROUP))
-    books = [gaussian_levels(levels).to(weight) for _, levels in parts]
-    size, best, least = groups.square().mean(2).sqrt().clamp_min(1e-30), None, None
-    for multiple in (0.8, 0.95, 1.1, 1.3):
-        x = (weight / (multiple * size).repeat_interleave(GROUP, 1)[:, :weight.shape[1]]).split([columns for columns, _ in parts], 1)
-        off = torch.cat([nearest(own, book)[1] - own for own, book in zip(x, books)], 1) * multiple
-        error = F.pad(off, (0, -weight.shape[1] % GROUP)).unflatten(1, (-1, GROUP)).square().sum(2)
-        best = multiple * size if best is None else torch.where(error < least, multiple * size, best)
+    groups: torch.Tensor, # (..., GROUP, out), columns in the order in which they will be stored
+    levels: torch.Tensor, # (..., GROUP, levels)
+) -> torch.Tensor: # (..., out)
+    "A scale for every group of neighbours."
+    size, best, least = groups.square().mean(-2, keepdim=True).sqrt().clamp_min(1e-30), None, None
+    for scale in (0.8 * size, 0.95 * size, 1.1 * size, 1.3 * size):
+        error = (nearest(groups / scale, levels)[1] * scale - groups).square().sum(-2, keepdim=True)
+        best = scale if best is None else torch.where(error < least, scale, best)
         least = error if least is None else torch.minimum(error, least)
-    return as_stored(best, unit)
+    return best.squeeze(-2)
 
 # %% ../nbs/11a_rounding.ipynb #0a563c1e
 def carry_matrix(
@@ -64,64 +68,68 @@ def by_loudness(
     return order, carry_matrix(damped)
 
 def round_group(
-    columns: torch.Tensor, # (columns, out), changed in place
-    scale: torch.Tensor, # (out,), that they share
-    books: list, # the levels of each column
-    carry: torch.Tensor, # (columns, columns)
-) -> tuple: # (numbers (columns, out), errors (columns, out) to carry on)
+    columns: torch.Tensor, # (..., columns, out), changed in place
+    scale: torch.Tensor, # (..., out), that they share
+    levels: torch.Tensor, # (..., columns, levels)
+    carry: torch.Tensor, # (..., columns, columns)
+) -> tuple: # (numbers, what they stand for, errors to carry on), each (..., columns, out)
     "The columns of a group, one after the other."
-    numbers, errors = torch.empty(columns.shape, dtype=torch.int16, device=columns.device), torch.empty_like(columns)
-    for j, book in enumerate(books):
-        numbers[j], value = nearest(columns[j] / scale, book)
-        errors[j] = (columns[j] - value * scale) / carry[j, j]
-        columns[j + 1:].addr_(carry[j, j + 1:], errors[j], alpha=-1)
-    return numbers, errors
-
-def round_columns(
-    columns: torch.Tensor, # Wᵀ (in, out), changed in place
-    scales: torch.Tensor, # (out, groups)
-    parts: list, # [(columns, levels)]
-    carry: torch.Tensor, # (in, in), of `carry_matrix`
-) -> torch.Tensor: # (out, in), numbers
-    "Every column to its nearest level, its error carried on to those after it: within a group at once, to all later groups in one product."
-    numbers, books = [], [book for count, levels in parts for book in [gaussian_levels(levels).to(columns)] * count]
-    for index, scale in enumerate(scales.T.contiguous()):
-        own = slice(index * GROUP, (index + 1) * GROUP)
-        found, errors = round_group(columns[own], scale, books[own], carry[own, own])
-        numbers.append(found)
-        columns[own.stop:] -= carry[own, own.stop:].T @ errors
-    return torch.cat(numbers).T
-
+    numbers, values, errors = torch.empty(columns.shape, dtype=torch.int16, device=columns.device), torch.empty_like(columns), torch.empty_like(columns)
+    for j in range(columns.shape[-2]):
+        own = columns[..., j, :]
+        numbers[..., j, :], value = nearest(own / scale, levels[..., j, :])
+        values[..., j, :] = value = value * scale
+        errors[..., j, :] = error = (own - value) / carry[..., j, j, None]
+        columns[..., j + 1:, :] -= carry[..., j, j + 1:, None] * error[..., None, :]
+    return numbers, values, errors
 
 # %% ../nbs/11a_rounding.ipynb #27dcd7e3
 TURNS = 16 # in which the outputs are rounded
 
-def as_numbers(
-    numbers: torch.Tensor, # (out, in)
-    scales: torch.Tensor, # (out, groups)
-    parts: list, # [(columns, levels)]
-) -> torch.Tensor: # (out, in), in the dtype of the scales
-    "What was rounded to."
-    levels = torch.cat([gaussian_levels(levels).to(scales)[own.long()] for own, (_, levels) in zip(numbers.split([columns for columns, _ in parts], 1), parts)], 1)
-    return levels * scales.repeat_interleave(GROUP, 1)[:, :numbers.shape[1]]
+def waves(
+    groups: int, # of columns
+    turns: int, # of outputs
+): # yields [(group, turn)]
+    "Tiles that can be rounded at the same time: those before them are done."
+    for wave in range(groups + turns - 1): yield [(group, wave - group) for group in range(max(0, wave - turns + 1), min(groups, wave + 1))]
 
-def round_rows(
-    columns: torch.Tensor, # Wᵀ (in, out), the loudest of both first; changed in place
-    scales: torch.Tensor, # (out, groups), changed in place
-    unit: float, # of the scales
+def within_groups(
+    carry: torch.Tensor, # (in, in)
+) -> torch.Tensor: # (groups, GROUP, GROUP); columns that are not there carry nothing
+    "How errors are carried on inside each group."
+    found = torch.eye(GROUP, dtype=carry.dtype, device=carry.device).repeat(-(-len(carry) // GROUP), 1, 1)
+    for own, start in zip(found, range(0, len(carry), GROUP)):
+        tile = carry[start:start + GROUP, start:start + GROUP]
+        own[:len(tile), :len(tile)] = tile
+    return found
+
+def round_weight(
+    columns: torch.Tensor, # Wᵀ (in, out), the loudest first; changed in place
     parts: list, # [(columns, levels)]
     carry: torch.Tensor, # (in, in), of the inputs
-    heard: torch.Tensor, # (out, out), the same of the output gradients
-) -> torch.Tensor: # (out, in), numbers
-    "A few outputs in each turn, column by column; what is left of their error is carried on to the outputs of later turns."
-    found, size = [], -(-len(heard) // TURNS)
-    for start in range(0, len(heard), size):
-        own, later = slice(start, start + size), slice(start + size, None)
-        scales[own] = best_scales(columns[:, own].T, parts, unit)[0]
-        found.append(round_columns(columns[:, own].clone(), scales[own], parts, carry))
-        error = columns[:, own] - as_numbers(found[-1], scales[own], parts).T
-        columns[:, later] -= torch.linalg.solve_triangular(heard[own, own], error, upper=True, left=False) @ heard[own, later]
-    return torch.cat(found)
+    heard: torch.Tensor | None = None, # (out, out), the same of the output gradients; without it all outputs are rounded in one turn
+) -> tuple: # (numbers (out, in), scales (out, groups), the unit of the scales)
+    "Every entry to its nearest level, its error carried on to later columns, and what is left of a turn's errors to later outputs. A group gets its scale when its turn comes."
+    (in_, out), levels, within = columns.shape, level_table(parts, columns), within_groups(carry)
+    size = out if heard is None else -(-out // TURNS)
+    ragged, shape = (0, -out % size, 0, -in_ % GROUP), (len(levels), GROUP, -(-out // size), size)
+    moved = (F.pad(columns, ragged) if any(ragged) else columns).view(shape)
+    target = moved if heard is None else moved.clone() # what a turn's errors are errors of: without what is carried along the columns
+    unit = as_stored(best_scales(moved.flatten(2), levels))[1]
+    numbers, scales = torch.empty(shape, dtype=torch.int16, device=columns.device), columns.new_empty(shape[0], *shape[2:])
+    for tiles in waves(shape[0], shape[2]):
+        g, t = map(list, zip(*tiles))
+        tile = moved[g, :, t]
+        scales[g, t] = scale = as_stored(best_scales(tile, levels[g]), unit)[0]
+        numbers[g, :, t], values, errors = round_group(tile, scale, levels[g], within[g])
+        for (group, turn), value, error in zip(tiles, values, errors):
+            own, later = slice(group * GROUP, (group + 1) * GROUP), slice((group + 1) * GROUP, in_)
+            moved.flatten(0, 1)[later, turn] -= carry[own, later].T @ error[:in_ - own.start]
+            rows, after = slice(turn * size, (turn + 1) * size), slice((turn + 1) * size, out)
+            if after.start >= out: continue
+            left = torch.linalg.solve_triangular(heard[rows, rows], target[group, :, turn] - value, upper=True, left=False) @ heard[rows, after]
+            for m in (target, moved): m[group].flatten(1)[:, after] -= left
+    return numbers.flatten(2).flatten(0, 1)[:in_, :out].T, scales.flatten(1)[:, :out].T, unit
 
 @torch.no_grad()
 def quantize(
@@ -144,17 +152,14 @@ def quantize(
     layer = QuantizedLinear(in_, out, parts, device=weight.device, dtype=weight.dtype)
     try:
         order, carry = by_loudness(matrix, damping)
-        rows, heard = by_loudness(gradients.matrix.to(matrix), gradient_damping) if gradients else (None, None)
-        work = weight.to(matrix.dtype).T[order]
-        if gradients: work = work[:, rows]
-        scales, unit = best_scales(work.T, parts)
-        numbers = round_rows(work, scales, unit, parts, carry, heard) if gradients else round_columns(work, scales, parts, carry)
-        if gradients: numbers, scales = numbers[rows.argsort()], scales[rows.argsort()]
-        layer.put(order, numbers, scales, unit)
+        rows, heard = by_loudness(gradients.matrix.to(matrix), gradient_damping) if gradients else (torch.arange(out, device=weight.device), None)
+        numbers, scales, unit = round_weight(weight.to(matrix.dtype).T[order][:, rows], parts, carry, heard)
     except EmlocError as error: raise EmlocError(f"{name}: {error}") from error
-    del carry, heard, work
+    del carry, heard
+    back = rows.argsort()
+    layer.put(order, numbers[back], scales[back], unit)
     W = weight.to(matrix.dtype)
     off = W - layer.dense(matrix.dtype)
-    heard = (lambda m: gradients.matrix.to(matrix) @ m) if gradients else (lambda m: m)
-    energy = lambda m: float(((heard(m) @ matrix) * m).sum().clamp_min(0))
+    hearing = (lambda m: gradients.matrix.to(matrix) @ m) if gradients else (lambda m: m)
+    energy = lambda m: float(((hearing(m) @ matrix) * m).sum().clamp_min(0))
     return layer, (energy(off) / max(energy(W), torch.finfo(matrix.dtype).tiny)) ** 0.5

@@ -22,7 +22,6 @@ from .emulator import backward_pass, build_block, look_forward
 from .fisher import decompose_fisher
 from .lowrank import chosen
 from .model import Conv1D, dense_weight, linears
-from .packed import GROUP
 from .pairlora import lora_config
 from .polish import lora_gradient
 from .simulate import ATEN, Ledger, fake_batch, main_blocks, optimizer_states, pretend
@@ -30,8 +29,8 @@ from .spectrum import decompose, krylov, lost
 from .walk import Walk
 
 # %% auto #0
-__all__ = ['BATCHES', 'Blank', 'Waiting', 'waiting_gradients', 'PaperWalk', 'book', 'on_paper', 'forks', 'rounded_at_once',
-           'kind', 'taken_forks', 'building_peaks', 'anchoring_peaks', 'main_linears', 'lora_pairs', 'PaperPieces',
+__all__ = ['BATCHES', 'Blank', 'Waiting', 'waiting_gradients', 'PaperWalk', 'book', 'on_paper', 'forks', 'first_waves', 'kind',
+           'taken_forks', 'building_peaks', 'anchoring_peaks', 'main_linears', 'lora_pairs', 'PaperPieces',
            'correcting_peaks', 'polishing_peaks']
 
 # %% ../nbs/39a_streamed.ipynb #e91d2fd1
@@ -144,10 +143,8 @@ def forks(
     with mock.patch.multiple("emloc.emulator", decompose=named(decompose), decompose_fisher=named(decompose_fisher)), \
          mock.patch.multiple("emloc.spectrum", krylov=tried, lost=lossy), mock.patch("torch.linalg.cholesky_ex", root): yield
 
-def rounded_at_once(columns, scales, parts, carry): # what `round_columns` gives; of its thousands of small steps the first group has the most columns to carry on to
-    errors = torch.empty_like(columns[:GROUP])
-    columns[GROUP:] -= carry[:GROUP, GROUP:].T @ errors
-    return torch.cat([columns.new_empty(columns.shape, dtype=torch.int16)]).T
+def first_waves(groups, turns): # what `waves` gives; of thousands of tiles the first has the most columns and outputs to carry on to
+    yield [(0, 0)]
 
 def kind(name: str) -> str: return re.sub(r"\d+", "", name) # of a weight, the same in every block
 
@@ -186,7 +183,7 @@ def building_peaks(
     nothing = lambda *_, **__: None
     with pretend(ledger), forks(decide):
         batch = fake_batch(model, batch_size, seq_len, completion)
-        with on_paper(batch, model), mock.patch("emloc.rounding.round_columns", rounded_at_once), mock.patch.multiple("emloc.emulator", load_file=lambda _: {f"0.{i}": h for i, h in enumerate(walk.waiting())}, save_file=nothing, loss_gradient=waiting_gradients(ledger)):
+        with on_paper(batch, model), mock.patch("emloc.rounding.waves", first_waves), mock.patch.multiple("emloc.emulator", load_file=lambda _: {f"0.{i}": h for i, h in enumerate(walk.waiting())}, save_file=nothing, loss_gradient=waiting_gradients(ledger)):
             walk = PaperWalk(model, ledger, batch)
             run = SimpleNamespace(done={}, counted=lambda label, left, total: left, file=lambda *_: SimpleNamespace(unlink=nothing), mark=nothing)
             if metric == "fisher":

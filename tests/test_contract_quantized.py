@@ -221,3 +221,16 @@ def test_levels_that_a_plan_asks_for_first_are_real(llama):
     gaussian_levels.cache_clear()
     plan_memory(llama, ratio=0.15, batch_size=2, seq_len=8, form="quantized")
     assert all(type(gaussian_levels(k)) is torch.Tensor for k in PER_BYTE)
+
+
+@pytest.mark.parametrize("shape", [(70, 150), (130, 64), (33, 200)])
+def test_tiles_of_a_wave_do_not_wait_for_each_other(shape, monkeypatch):
+    seed = torch.Generator().manual_seed(2)
+    out, in_ = shape
+    W, x, g = torch.randn(out, in_, generator=seed), torch.randn(500, in_, generator=seed), torch.randn(300, out, generator=seed)
+    x, g = x + 2 * x[:, :1], g + 2 * g[:, :1]
+    options = {"gradients": Gram(out).add(g)}
+    at_once = quantize(W, Gram(in_).add(x), 2.0, **options)
+    monkeypatch.setattr("emloc.rounding.waves", lambda groups, turns: ([(group, turn)] for turn in range(turns) for group in range(groups)))
+    one_by_one = quantize(W, Gram(in_).add(x), 2.0, **options)
+    assert at_once[1] == one_by_one[1] and torch.equal(at_once[0].dense(), one_by_one[0].dense())
