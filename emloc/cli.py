@@ -59,7 +59,7 @@ def emulate(args) -> dict:
     with processes().main_process_first(): whole, task = Checkpoint(find_model(args.model)), load_task(args.task) # so that one process fetches them
     calibration = task.calibration(args.rows, args.seed)
     print(f"{args.form} emulator of {f'the last {args.last_blocks} blocks of ' if args.last_blocks else ''}{args.model} at ratio {args.ratio:g}, from {len(calibration)} rows of {args.task}")
-    walk = {"batch_size": args.batch_size, "max_length": args.max_length, "device": args.device}
+    walk = {"batch_size": fitted.settings["walk_batch"] if fitted else args.batch_size, "max_length": args.max_length, "device": args.device}
     if args.ranks == "spectrum":
         spectra, shapes = collect_spectra(args.model, calibration, **walk)
         choice = {"ranks": by_spectrum(spectra, shapes, args.ratio)}
@@ -269,7 +269,7 @@ def parser() -> Parser:
     c.add_argument("--no-checkpointing", action="store_true", help="keep all activations: faster, and more memory")
     c.add_argument("--rank", type=int, default=8, help="of the LoRA")
     c.add_argument("--rows", type=int, default=256, help="calibration rows")
-    c.add_argument("--walk-batch", type=int, default=16, help="calibration rows that go through a block together")
+    c.add_argument("--walk-batch", type=int, default=16, help="calibration rows that go through a block together; fewer where the budget asks for it")
     c.add_argument("--form", choices=FORMS, help="of the emulator, as for emulate")
     c.add_argument("--metric", choices=METRICS, help="of the emulator, as for emulate")
     c.add_argument("--last-blocks", type=int, help="an emulator of so many blocks, from the end, as for emulate")

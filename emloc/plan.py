@@ -63,7 +63,7 @@ class Plan:
         lines = [f"{self.model}: {self.model_bytes / 2**30:.2f} GiB; emulator of ratio {self.ratio:.3f}: {self.emulator_bytes / 2**30:.2f} GiB"
                  + (f"; budget {self.budget / 2**30:.2f} GiB" if self.budget else ""),
                  f"{s['batch_size']} rows of {s['seq_len']} tokens, LoRA of rank {s['lora_rank']}, {'with' if s['checkpointing'] else 'no'} activation checkpointing; sizes in GiB",
-                 f"{s['metric']} metric from {s['calibration_rows']} rows of calibration", "",
+                 f"{s['metric']} metric from {s['calibration_rows']} rows of calibration, {s['walk_batch']} in a block at a time", "",
                  f"{'':38}" + "".join(f"{c:>12}" if c in ("activations", "optimizer") else f"{c:>10}" for c in ("peak", *KINDS)) + f"{'CPU memory':>12}{'disk':>10}"]
         for title, needs in (("EMLoC", self.stages), ("  if wanted", self.options), ("instead", self.rivals)):
             lines.append(title)
@@ -100,7 +100,7 @@ def plan_memory(
     checkpointing: bool = True, # recompute activations in the backward pass
     lora=None, # a LoraConfig; by default lora_config()
     rows: int = 256, # of calibration
-    walk_batch: int = 16, # of them go through a block together
+    walk_batch: int = 16, # of them go through a block together, or fewer where the budget asks for it
     metric: str = "activation", # of the emulator, or fisher
     form: str = "lowrank", # of the emulator, or quantized
     train_rows: int = 1000, # that get anchors, if they are wanted
@@ -126,10 +126,14 @@ def plan_memory(
     elif budget: ratio = fit_ratio(lambda r: stage_2(r).peak, budget, share * LEAST[form], share)
     ratio = ratio or 0.25
     choice, second, rank = choose(ratio), stage_2(ratio), lora.r if lora else 8
-    stages = [building(s, choice, rows, walk_batch, seq_len, metric=metric, completion=completion), second, correcting(s, choice, rank, max(1, rows // 8), walk_batch, seq_len, completion)]
+    def walks(count): return building(s, choice, rows, count, seq_len, metric=metric, completion=completion), correcting(s, choice, rank, max(1, rows // 8), count, seq_len, completion)
+    first, third = walks(walk_batch)
+    while walk_batch > 1 and not (first.fits(budget) and third.fits(budget)):
+        walk_batch //= 2
+        first, third = walks(walk_batch)
     options = [anchoring(s, choice, train_rows, walk_batch, seq_len, anchor_every, s.main - main), polishing(s, rank, seq_len, completion)]
-    plan = Plan(str(model), ratio, {n: k for n, k in choice.items() if n in there} if form == "lowrank" else {}, stages, options, whole_model(s, settings),
-                {k: v for k, v in settings.items() if k != "lora"} | {"lora_rank": rank, "calibration_rows": rows, "metric": metric, "form": form, "train_rows": train_rows, "last": last},
+    plan = Plan(str(model), ratio, {n: k for n, k in choice.items() if n in there} if form == "lowrank" else {}, [first, second, third], options, whole_model(s, settings),
+                {k: v for k, v in settings.items() if k != "lora"} | {"lora_rank": rank, "calibration_rows": rows, "walk_batch": walk_batch, "metric": metric, "form": form, "train_rows": train_rows, "last": last},
                 s.bytes, s.emulator_bytes(choice, len(s.names) - (last or len(s.names))), budget)
     if not plan.fits: plan.advice = advise(plan, s, settings, stage_2)
     return plan
@@ -141,7 +145,7 @@ def advise(plan: Plan, s: Shapes, settings: dict, stage_2) -> list: # lines
         if need.fits(plan.budget): continue
         lines.append(f"{need.name} does not fit: it needs {need.peak / 2**30:.2f} GiB of {plan.budget / 2**30:.2f}.")
         if not need.name.startswith("2"):
-            lines.append(f"  One block and the dense parts alone are {(s.block + s.dense) / 2**30:.2f} GiB; fewer calibration tokens in a batch, a CPU with more memory (--device cpu), or that budget would do."
+            lines.append(f"  One block and the dense parts alone are {(s.block + s.dense) / 2**30:.2f} GiB, and here a single row goes through it at a time; shorter rows (--seq-len), a CPU with more memory (--device cpu), or that budget would do."
                          + (" The Fisher metric keeps a Gram matrix for every output as well; --metric activation needs less." if need.name.startswith("1") and plan.settings.get("metric") == "fisher" else ""))
             continue
         tries = {"activation checkpointing": {"checkpointing": True}, "a batch of 1": {"batch_size": 1, "checkpointing": True},
