@@ -112,8 +112,10 @@ def large(bench: Bench, base):
     short = bench.model(geometry | {"num_hidden_layers": sizes["short"]}, "short", base)
     bench.measure(f"stage 1, {sizes['many_rows']} rows, the first {sizes['short']} blocks", "stage1-short", GIB, job="emulate", model=str(short), out="emulator-short", rows=sizes["many_rows"], length=length)
     bench.drop("emulator-short")
-    bench.measure(f"stage 1 in the Fisher metric, {rows} rows, the first {sizes['short']} blocks", "stage1-fisher", GIB, job="emulate", model=str(short), out="emulator-short", rows=rows, length=length, metric="fisher")
-    bench.drop("short", "emulator-short")
+    for form, title in (("lowrank", "stage 1"), ("quantized", "stage 1, quantized")):
+        bench.measure(f"{title} in the Fisher metric, {rows} rows, the first {sizes['short']} blocks", f"stage1-fisher{'' if form == 'lowrank' else '-quantized'}", GIB, job="emulate", model=str(short), out="emulator-short", rows=rows, length=length, metric="fisher", form=form)
+        bench.drop("emulator-short")
+    bench.drop("short")
     model = str(bench.model(geometry, "large", base))
     emulator, adapter = str(out / "emulator-large"), str(out / "adapter-large")
     title = f"stage 1, {rows} rows, all {geometry['num_hidden_layers']} blocks"

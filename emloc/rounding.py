@@ -13,8 +13,8 @@ from .packed import GROUP, QuantizedLinear, as_stored, gaussian_levels, layout
 from .spectrum import Gram, power_of_two
 
 # %% auto #0
-__all__ = ['TURNS', 'level_table', 'nearest', 'best_scales', 'carry_matrix', 'by_loudness', 'round_group', 'waves',
-           'within_groups', 'round_weight', 'quantize']
+__all__ = ['LARGEST', 'TURNS', 'STRIP', 'level_table', 'nearest', 'best_scales', 'carry_matrix', 'by_loudness', 'round_group',
+           'waves', 'within_groups', 'round_weight', 'energy', 'quantize']
 
 # %% ../nbs/11a_rounding.ipynb #20ca4da0
 def level_table(
@@ -34,13 +34,15 @@ def nearest(
     numbers = torch.searchsorted((levels[..., 1:] + levels[..., :-1]) / 2, x.contiguous())
     return numbers, levels.gather(-1, numbers)
 
+LARGEST = 1.3 # scale of a group, relative to its root mean square
+
 def best_scales(
     groups: torch.Tensor, # (..., GROUP, out), columns in the order in which they will be stored
     levels: torch.Tensor, # (..., GROUP, levels)
 ) -> torch.Tensor: # (..., out)
     "A scale for every group of neighbours."
     size, best, least = groups.square().mean(-2, keepdim=True).sqrt().clamp_min(1e-30), None, None
-    for scale in (0.8 * size, 0.95 * size, 1.1 * size, 1.3 * size):
+    for scale in (0.8 * size, 0.95 * size, 1.1 * size, LARGEST * size):
         error = (nearest(groups / scale, levels)[1] * scale - groups).square().sum(-2, keepdim=True)
         best = scale if best is None else torch.where(error < least, scale, best)
         least = error if least is None else torch.minimum(error, least)
@@ -48,24 +50,30 @@ def best_scales(
 
 # %% ../nbs/11a_rounding.ipynb #0a563c1e
 def carry_matrix(
-    matrix: torch.Tensor, # G (n, n), damped
+    matrix: torch.Tensor, # G (n, n), damped; let go early, if nobody else holds it
 ) -> torch.Tensor: # U (n, n), upper triangular, G⁻¹ = Uᵀ U
-    "How the error of a column is spread over later ones."
-    for dtype in (matrix.dtype, torch.float64):
-        try: return torch.linalg.cholesky(torch.cholesky_inverse(torch.linalg.cholesky(matrix.to(dtype))), upper=True).to(matrix.dtype)
-        except torch.linalg.LinAlgError: pass
-    raise EmlocError("a Gram matrix of what it saw is not positive, not even damped; try other calibration rows")
+    "How the error of a column is spread over later ones. There are never more than two such matrices. Raises `LinAlgError` for one that is not positive."
+    root = torch.linalg.cholesky(matrix)
+    del matrix
+    inverse = torch.cholesky_inverse(root)
+    del root
+    return torch.linalg.cholesky(inverse, upper=True)
 
 def by_loudness(
     matrix: torch.Tensor, # G (n, n)
     damping: float, # added to its diagonal, relative to the mean: more rows than were seen
 ) -> tuple: # (order (n,), U (n, n) for this order)
-    "The loudest first: most is left to make up for its error."
+    "The loudest first: most is left to make up for its error. Raises `EmlocError` for a matrix that is not positive, not even damped and in float64."
     loud = matrix.diagonal()
-    order = loud.argsort(descending=True, stable=True)
-    damped = matrix[order][:, order]
-    damped.diagonal().add_(damping * loud.mean().clamp_min(torch.finfo(matrix.dtype).tiny))
-    return order, carry_matrix(damped)
+    order, more = loud.argsort(descending=True, stable=True), damping * loud.mean().clamp_min(torch.finfo(matrix.dtype).tiny)
+    def damped(dtype):
+        found = matrix[order][:, order].to(dtype)
+        found.diagonal().add_(more)
+        return found
+    for dtype in (matrix.dtype, torch.float64):
+        try: return order, carry_matrix(damped(dtype)).to(matrix.dtype)
+        except torch.linalg.LinAlgError: pass
+    raise EmlocError("a Gram matrix of what it saw is not positive, not even damped; try other calibration rows")
 
 def round_group(
     columns: torch.Tensor, # (..., columns, out), changed in place
@@ -85,6 +93,7 @@ def round_group(
 
 # %% ../nbs/11a_rounding.ipynb #27dcd7e3
 TURNS = 16 # in which the outputs are rounded
+STRIP = 512 # outputs at a time, when the error is judged
 
 def waves(
     groups: int, # of columns
@@ -115,7 +124,7 @@ def round_weight(
     ragged, shape = (0, -out % size, 0, -in_ % GROUP), (len(levels), GROUP, -(-out // size), size)
     moved = (F.pad(columns, ragged) if any(ragged) else columns).view(shape)
     target = moved if heard is None else moved.clone() # what a turn's errors are errors of: without what is carried along the columns
-    unit = as_stored(best_scales(moved.flatten(2), levels))[1]
+    unit = as_stored(LARGEST * moved.square().mean(1).sqrt())[1]
     numbers, scales = torch.empty(shape, dtype=torch.int16, device=columns.device), columns.new_empty(shape[0], *shape[2:])
     for tiles in waves(shape[0], shape[2]):
         g, t = map(list, zip(*tiles))
@@ -130,6 +139,19 @@ def round_weight(
             left = torch.linalg.solve_triangular(heard[rows, rows], target[group, :, turn] - value, upper=True, left=False) @ heard[rows, after]
             for m in (target, moved): m[group].flatten(1)[:, after] -= left
     return numbers.flatten(2).flatten(0, 1)[:in_, :out].T, scales.flatten(1)[:, :out].T, unit
+
+def energy(
+    weight: torch.Tensor, # (out, in), or an error of it
+    inputs: torch.Tensor, # G (in, in)
+    gradients: Gram | None, # of its output gradients, (out, out); None: of every output the same
+) -> float: # tr(L W G Wᵀ), or tr(W G Wᵀ)
+    "What the outputs have of it, or the loss; a few rows at a time."
+    found = 0.0
+    for start in range(0, len(weight), STRIP):
+        own = weight[start:start + STRIP]
+        heard = gradients.matrix[start:start + STRIP].to(weight) @ weight if gradients else own
+        found += ((heard @ inputs) * own).sum()
+    return float(found.clamp_min(0))
 
 @torch.no_grad()
 def quantize(
@@ -158,8 +180,6 @@ def quantize(
     del carry, heard
     back = rows.argsort()
     layer.put(order, numbers[back], scales[back], unit)
-    W = weight.to(matrix.dtype)
-    off = W - layer.dense(matrix.dtype)
-    hearing = (lambda m: gradients.matrix.to(matrix) @ m) if gradients else (lambda m: m)
-    energy = lambda m: float(((hearing(m) @ matrix) * m).sum().clamp_min(0))
-    return layer, (energy(off) / max(energy(W), torch.finfo(matrix.dtype).tiny)) ** 0.5
+    del numbers
+    left = energy(layer.dense(matrix.dtype).sub_(weight), matrix, gradients)
+    return layer, (left / max(energy(weight.to(matrix.dtype), matrix, gradients), torch.finfo(matrix.dtype).tiny)) ** 0.5

@@ -74,7 +74,7 @@ class Rounds(Anchors):
         *,
         every: int = 1, # an anchor after each so many blocks, and after the last
         stored: str = "bfloat16", # or float32, or int8
-        renew: bool = False, # make the emulator anew as well, around the LoRA, before every round but the first
+        renew: bool = False, # make the emulator anew as well, around the LoRA, before the rounds 1, 2, 4, 8, …
         **walk_options, # for the walks: batch_size (rows; by default that of the training), device
     ):
         if again < 1: raise EmlocError(f"anchors again every {again} steps: must be at least 1")
@@ -159,13 +159,14 @@ class Rounds(Anchors):
         number: int, # of a round
         pairs: dict, # the LoRA
     ):
-        "Go on with an emulator that is made around the LoRA from the rows that come next, or that an interrupted run has left."
-        path = self.folder / f"emulator-{number:05d}-{pairs_hash(pairs)}"
+        "Go on with the emulator of the last round that begins with a new one. It is made around the LoRA from the rows that come next, or an interrupted run has left it."
+        turn = 1 << number.bit_length() - 1 # the largest power of two up to this round
+        found = [p for p in self.folder.glob(f"emulator-{turn:05d}-*") if p.suffix != ".partial"]
+        path = self.folder / f"emulator-{turn:05d}-{pairs_hash(pairs)}" if turn == number else found[0] if found else None
+        if path is None: raise EmlocError(f"{self.folder}: the emulator of round {turn + 1} is not here any more; begin the training again from its first step")
         if not path.is_dir(): build_emulator(self.model, self.coming(number), path, lora=pairs, **same_choice(self.emulator), **self.walking())
-        take_over(self.peft, path)
+        if path != self.emulator: take_over(self.peft, path)
         self.emulator = path
-        for old in self.folder.glob("emulator-*") if processes().is_main_process else ():
-            if old != path: shutil.rmtree(old)
 
     @contextmanager
     def batch(
