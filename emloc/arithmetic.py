@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 # %% auto #0
-__all__ = ['PIECE', 'SHORT', 'has_units', 'any_machine', 'working_dtype', 'scratch', 'pieces', 'in_float32', 'WideProduct',
-           'product', 'short_attention', 'quicken', 'load_whole']
+__all__ = ['PIECE', 'SHORT', 'has_units', 'any_machine', 'working_dtype', 'scratch', 'forget_scratch', 'pieces', 'in_float32',
+           'WideProduct', 'product', 'short_attention', 'quicken', 'load_whole']
 
 # %% ../nbs/01a_arithmetic.ipynb #435f1529
 @lru_cache
@@ -60,6 +60,8 @@ def scratch(
     if (use, dtype) not in kept or len(kept[use, dtype]) < size:
         with torch.inference_mode(False): kept[use, dtype] = torch.empty(size, dtype=dtype, device=device)
     return kept[use, dtype][:size].view(shape)
+
+def forget_scratch(): vars(_scratch).clear() # of this thread: where what follows needs other memory
 
 PIECE = 2 ** 20 # numbers of a weight that are in float32 at the same time
 

@@ -312,7 +312,7 @@ def parser() -> Parser:
     c.add_argument("--anchors", help="directory that `emloc anchor` wrote for these rows")
     c.add_argument("--anchor-every", type=int, default=1, help="anchors after each so many blocks; 0 for none")
     c.add_argument("--anchor-again", type=int, default=25, help="make them again after so many steps, around the LoRA as it is then; 0: once, before the first step")
-    c.add_argument("--renew", action="store_true", help="make the emulator anew as well, around the LoRA as it is then, before the second, third, fifth, ninth, ... round: closer to the model at small ratios, for a walk forward and back each time")
+    c.add_argument("--renew", type=int, nargs="?", const=1, default=0, metavar="ROUNDS", help="make the emulator anew as well, around the LoRA as it is then, before every round, or every so many: closer to the model at small ratios, for stage 1 each time")
     c.add_argument("--anchor-stored", choices=list(STORED), default="bfloat16", help="how anchors made now are stored")
     c.add_argument("--model", help="the whole model, for the anchors; by default the one that the emulator names")
     c.add_argument("--report-to", default="none", help="tensorboard, wandb, … as the Trainer knows them")

@@ -47,14 +47,14 @@ class Method:
     form: str = "lowrank" # of the emulator
     ratio: float | None = None # of the emulator; None: the setting's
     stored: str = "bfloat16" # how anchors are stored
-    renew: bool = False # whether the emulator is made anew too, before the rounds 1, 2, 4, …
+    renew: int = 0 # the emulator is made anew too, before every so many rounds; 0: never
     last: float = 1.0 # share of the blocks, from the end, that the emulator has, or that the LoRA on the model is on
 
     def kind(self) -> str: # of the emulator, in the names of folders
         return ({"activation": "quantized"}.get(self.metric, f"quantized-{self.metric}") if self.form == "quantized" else self.metric or "model") + (f"-{self.ratio:g}" if self.ratio else "") + (f"-last-{self.last:g}" if self.last < 1 else "")
 
     def spacing(self) -> str: # of the anchors, in the names of folders
-        return f"{self.every}" + (f"-{self.stored}" if self.stored != "bfloat16" else "") + ("-renewed" if self.renew else "")
+        return f"{self.every}" + (f"-{self.stored}" if self.stored != "bfloat16" else "") + (f"-renewed-{self.renew}" if self.renew else "")
 
 METHODS = [Method("LoRA on the model"), Method("EMLoC", "activation"), Method("EMLoC, corrected", "activation", mode="auto"),
            Method("Fisher metric, anchors in rounds", "fisher", 1, 25), Method("Fisher metric, rounds, 10 exact steps", "fisher", 1, 25, polish=10),
@@ -64,7 +64,7 @@ METHODS = [Method("LoRA on the model"), Method("EMLoC", "activation"), Method("E
            Method("quantized to 0.1, anchors in rounds", "activation", 1, 25, form="quantized", ratio=0.1),
            Method("quantized to 0.1, rounds, 10 exact steps", "activation", 1, 25, polish=10, gently=0.2, form="quantized", ratio=0.1),
            Method("quantized to 0.1 in the Fisher metric, anchors in rounds", "fisher", 1, 25, form="quantized", ratio=0.1),
-           Method("quantized to 0.1 in the Fisher metric, rounds with new emulators", "fisher", 1, 25, form="quantized", ratio=0.1, renew=True),
+           Method("quantized to 0.1 in the Fisher metric, rounds with new emulators", "fisher", 1, 25, form="quantized", ratio=0.1, renew=1),
            Method("quantized to 0.1, the last 40% of the blocks, anchors in rounds", "activation", 1, 25, form="quantized", ratio=0.1, last=0.4),
            Method("quantized to 0.1, the last 40% of the blocks, rounds, 10 exact steps", "activation", 1, 25, polish=10, gently=0.2, form="quantized", ratio=0.1, last=0.4)]
 

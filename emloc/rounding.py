@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
+from .arithmetic import forget_scratch
 from .data import EmlocError
 from .packed import GROUP, QuantizedLinear, as_stored, gaussian_levels, layout
 from .spectrum import Gram, power_of_two
@@ -182,4 +183,5 @@ def quantize(
     layer.put(order, numbers[back], scales[back], unit)
     del numbers
     left = energy(layer.dense(matrix.dtype).sub_(weight), matrix, gradients)
+    forget_scratch() # it is as large as the weight
     return layer, (left / max(energy(weight.to(matrix.dtype), matrix, gradients), torch.finfo(matrix.dtype).tiny)) ** 0.5

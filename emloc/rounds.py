@@ -74,10 +74,11 @@ class Rounds(Anchors):
         *,
         every: int = 1, # an anchor after each so many blocks, and after the last
         stored: str = "bfloat16", # or float32, or int8
-        renew: bool = False, # make the emulator anew as well, around the LoRA, before the rounds 1, 2, 4, 8, …
+        renew: int = 0, # make the emulator anew as well, around the LoRA, before every so many rounds; 0: never
         **walk_options, # for the walks: batch_size (rows; by default that of the training), device
     ):
         if again < 1: raise EmlocError(f"anchors again every {again} steps: must be at least 1")
+        if renew < 0: raise EmlocError(f"new emulators every {renew} rounds: must be at least 1, or 0 for none")
         self.model, self.again, self.every, self.stored, self.renew, self.walk_options = model, again, every, stored, renew, walk_options
         self.current = self.now = None # the round whose anchors are open
 
@@ -89,7 +90,7 @@ class Rounds(Anchors):
         "Raises `EmlocError` unless the model is the emulator's."
         base = Checkpoint(find_model(self.model))
         self.emulator, self.first = emulator, len(check_base(emulator, base, self.model).bypassed)
-        self.info = {"every": self.every, "stored": self.stored, "again": self.again, "model": base.fingerprint()} | ({"renew": True} if self.renew else {})
+        self.info = {"every": self.every, "stored": self.stored, "again": self.again, "model": base.fingerprint()} | ({"renew": self.renew} if self.renew else {})
 
     def numbered(
         self,
@@ -134,7 +135,7 @@ class Rounds(Anchors):
         "Make the anchors of a round, or open those that an interrupted run has left."
         first, pairs, team = number * self.size, live_pairs(self.peft), processes()
         rows, folder = self.rows.select(range(first, min(first + self.size, len(self.rows)))), self.folder / f"anchors-{number:05d}-{pairs_hash(pairs)}"
-        if self.renew and number: self.renewed(number, pairs)
+        if self.renew and number >= self.renew: self.renewed(number, pairs)
         if team.is_main_process:
             for old in self.folder.glob("anchors-*"):
                 if not old.name.startswith(folder.name): shutil.rmtree(old)
@@ -160,7 +161,7 @@ class Rounds(Anchors):
         pairs: dict, # the LoRA
     ):
         "Go on with the emulator of the last round that begins with a new one. It is made around the LoRA from the rows that come next, or an interrupted run has left it."
-        turn = 1 << number.bit_length() - 1 # the largest power of two up to this round
+        turn = number - number % self.renew
         found = [p for p in self.folder.glob(f"emulator-{turn:05d}-*") if p.suffix != ".partial"]
         path = self.folder / f"emulator-{turn:05d}-{pairs_hash(pairs)}" if turn == number else found[0] if found else None
         if path is None: raise EmlocError(f"{self.folder}: the emulator of round {turn + 1} is not here any more; begin the training again from its first step")

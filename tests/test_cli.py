@@ -120,5 +120,5 @@ def test_finetune_makes_anchors_once_or_in_rounds(again, renew, stages, rows, ll
     words = ["finetune", stages / "emulate", rows, "--steps", "2", "--rank", "2", "--anchor-every", "2", "--anchor-again", again, "--out", tmp_path / "raw", *["--renew"] * renew]
     assert main([*map(str, words)]) == 0
     from emloc.adapter import read_adapter
-    assert read_adapter(tmp_path / "raw").info["anchors"] == {"every": 2, "stored": "bfloat16"} | ({"again": 1} if again else {}) | ({"renew": True} if renew else {})
+    assert read_adapter(tmp_path / "raw").info["anchors"] == {"every": 2, "stored": "bfloat16"} | ({"again": 1} if again else {}) | ({"renew": 1} if renew else {})
     assert sorted(p.name for p in tmp_path.iterdir()) == (["raw"] if again else ["raw", "raw.anchors"])

@@ -84,7 +84,7 @@ STAGES = {
                                                   args=training_args(f"{out}.checkpoints", steps=6, save_steps=2, bf16=False, disable_tqdm=True)),
     "adapter with rounds": lambda s, task, out: train_adapter(s.emulator, task.train, out, lora=lora_config(rank=2, targets=["q_proj"], lora_dropout=0.1), anchors=Rounds(s.model, 3),
                                                               args=training_args(f"{out}.checkpoints", steps=6, save_steps=2, bf16=False, disable_tqdm=True)),
-    "adapter with new emulators": lambda s, task, out: train_adapter(s.emulator, task.train, out, lora=lora_config(rank=2, targets=["q_proj"], lora_dropout=0.1), anchors=Rounds(s.model, 1, renew=True),
+    "adapter with new emulators": lambda s, task, out: train_adapter(s.emulator, task.train, out, lora=lora_config(rank=2, targets=["q_proj"], lora_dropout=0.1), anchors=Rounds(s.model, 1, renew=1),
                                                                      args=training_args(f"{out}.checkpoints", steps=4, save_steps=1, bf16=False, disable_tqdm=True)),
     "corrected": lambda s, task, out: correct_adapter(s.raw, s.emulator, s.model, out, calibration=task.train.select(range(8)), held_out=task.validation),
     "polished": lambda s, task, out: polish_adapter(s.corrected, s.model, task.train, out, steps=3, rows=4),

@@ -54,7 +54,7 @@ def trained(s, task, out, rounds, **options):
     return losses
 
 
-@pytest.mark.parametrize("renew", [False, True])
+@pytest.mark.parametrize("renew", [0, 1])
 @pytest.mark.parametrize("family", ["llama_stages", "llama, quantized"])
 def test_at_the_beginning_of_every_round_the_loss_is_the_models(renew, family, llama_stages, make_stages, task, tmp_path):
     s = llama_stages if family == "llama_stages" else make_stages(family)
@@ -96,14 +96,13 @@ def test_new_emulators_are_those_of_the_lora_and_the_rows_that_come_next(form, m
             super().renewed(number, pairs)
             own = bare(self.peft)
             self.made = [*getattr(self, "made", []), (number, self.emulator.name, self.coming(number), pairs, {n.replace(".base_layer", ""): p.clone() for n, p in own.state_dict().items() if "lora_" not in n})]
-    rounds = Kept(llama, 1, renew=True)
+    rounds = Kept(llama, 1, renew=2)
     trained(s, task, tmp_path / "raw", rounds, steps=6)
-    assert [number for number, *_ in rounds.made] == [1, 2, 3, 4, 5]
-    assert [name[:14] for _, name, *_ in rounds.made] == [f"emulator-{turn:05d}" for turn in (1, 2, 2, 4, 4)]
-    assert [p.name for p in tmp_path.iterdir() if p.name != "emulator"] == ["raw"] and read_adapter(tmp_path / "raw").info["anchors"]["renew"]
-    _, _, rows, pairs, state = rounds.made[3]
+    assert [(number, name[:14]) for number, name, *_ in rounds.made] == [(2, "emulator-00002"), (3, "emulator-00002"), (4, "emulator-00004"), (5, "emulator-00004")]
+    assert [p.name for p in tmp_path.iterdir() if p.name != "emulator"] == ["raw"] and read_adapter(tmp_path / "raw").info["anchors"]["renew"] == 2
+    assert [tuple(ids) for ids in rounds.made[0][2]["input_ids"]] == [tuple(rounds.rows[i]["input_ids"]) for i in range(8, 18)]
+    _, _, rows, pairs, state = rounds.made[2]
     assert [tuple(ids) for ids in rows["input_ids"]] == [tuple(rounds.rows[i]["input_ids"]) for i in range(14, 24)] # the round begins with row 16, and 24 are all
-    assert [tuple(ids) for ids in rounds.made[0][2]["input_ids"]] == [tuple(rounds.rows[i]["input_ids"]) for i in range(4, 14)]
     expected = load_emulator(build_emulator(llama, rows, tmp_path / "expected", form=form, metric=metric, lora=pairs, batch_size=4, **({"ratio": 0.2} if form == "quantized" else {"ranks": emulator_config(s.emulator).ranks})))
     for name, p in expected.state_dict().items(): assert torch.equal(p, state[name]), name
     assert any(not torch.equal(a, b) for a, b in zip(load_emulator(s.emulator).state_dict().values(), expected.state_dict().values()))
@@ -119,6 +118,7 @@ def test_accumulation_and_checkpointing_see_the_right_rows(llama_stages, task, t
 
 def test_rounds_of_another_model_or_of_no_steps_are_refused(llama_stages, other_model, task, tmp_path):
     with pytest.raises(EmlocError, match="at least 1"): Rounds(llama_stages.model, 0)
+    with pytest.raises(EmlocError, match="new emulators every -1"): Rounds(llama_stages.model, renew=-1)
     with pytest.raises(EmlocError, match="another model"): trained(llama_stages, task, tmp_path / "raw", Rounds(other_model))
     with pytest.raises(EmlocError, match="every 9"): trained(llama_stages, task, tmp_path / "raw", Rounds(llama_stages.model, every=9))
     assert not (tmp_path / "raw").exists()

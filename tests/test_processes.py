@@ -30,7 +30,7 @@ def build_block(step, *more):
 emloc.emulator.build_block = build_block
 emulator = build_emulator(model, rows, out + "/emulator", ratio=0.5)
 open(out + "/built-" + os.environ["RANK"], "w").write(str(built))
-for name, rounds in (("raw", None), ("rounds", Rounds(model, 2, stored="float32")), ("renewed", Rounds(model, 2, stored="float32", renew=True))):
+for name, rounds in (("raw", None), ("rounds", Rounds(model, 2, stored="float32")), ("renewed", Rounds(model, 2, stored="float32", renew=1))):
     train_adapter(emulator, rows, f"{{out}}/{{name}}", lora=lora_config(rank=4, alpha=8), anchors=rounds,
                   args=training_args(f"{{out}}/{{name}}.checkpoints", steps=3, lr=1e-2, batch_size=4, bf16=False, disable_tqdm=True))
 """
@@ -57,7 +57,7 @@ def test_two_processes_do_what_one_does_and_go_on_after_a_kill(launch, llama, ta
     emulator = build_emulator(llama, task.train, tmp_path / "emulator", ratio=0.5)
     one = {name: train_adapter(emulator, task.train, tmp_path / name, lora=lora_config(rank=4, alpha=8), anchors=rounds,
                                args=training_args(tmp_path / f"{name}.checkpoints", steps=3, lr=1e-2, batch_size=8, bf16=False, disable_tqdm=True))
-           for name, rounds in (("raw", None), ("rounds", Rounds(llama, 2, stored="float32")), ("renewed", Rounds(llama, 2, stored="float32", renew=True)))}
+           for name, rounds in (("raw", None), ("rounds", Rounds(llama, 2, stored="float32")), ("renewed", Rounds(llama, 2, stored="float32", renew=1)))}
     out = tmp_path / "two"
     assert launch(out, deadly=True) != 0
     assert not (out / "emulator").exists() and json.loads((out / "emulator.partial" / ".state" / "manifest.json").read_text())["done"] == {"emulator": 1}
