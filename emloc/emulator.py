@@ -36,8 +36,8 @@ log = logging.getLogger(__name__)
 
 # %% auto #0
 __all__ = ['log', 'FORMS', 'README', 'Seen', 'add_up', 'watched_inputs', 'look_forward', 'divide', 'BuiltBlock', 'pass_by',
-           'build_block', 'forward_pass', 'backward_pass', 'choose_bits', 'choose_ranks', 'finish_emulator',
-           'block_file', 'check_calibration', 'build_emulator', 'collect_spectra', 'load_spectra']
+           'build_block', 'forward_pass', 'backward_pass', 'built_pass', 'choose_bits', 'choose_ranks',
+           'finish_emulator', 'block_file', 'check_calibration', 'build_emulator', 'collect_spectra', 'load_spectra']
 
 # %% ../nbs/12_emulator.ipynb #22209ff4
 @dataclass
@@ -187,6 +187,17 @@ def backward_pass(
         run.mark("emulator", blocks - index)
         for old in (run.file("forward", index), run.file("gradients", blocks - index - 1)): old.unlink(missing_ok=True)
 
+def built_pass(
+    walk: Walk,
+    run: Run, # as above
+    metric: str, # activation: forward; fisher: backward, when the walk has been forward
+    always: bool, # as above
+): # yields (step, look)
+    "The blocks in the order in which they are built, each with what looks at it."
+    if metric == "fisher": yield from backward_pass(walk, run, always)
+    else:
+        for step in run.blocks("emulator", walk): yield step, partial(look_forward, always=always)
+
 # %% ../nbs/12_emulator.ipynb #2635fef9
 FORMS = ("lowrank", "quantized")
 
@@ -290,7 +301,7 @@ def build_emulator(
     settings = {"model": fingerprint, "ranks": ranks, "calibration": rows_hash(walk.rows), "batch_size": walk.batch_size, "processes": team.num_processes, "metric": metric, "bits": bits, "first": first, "lora": pairs_hash(lora)}
     with Run(out, settings, resume=resume, shared=True) as run:
         if metric == "fisher": forward_pass(walk, run, lora or {})
-        for step, look in backward_pass(walk, run, bool(bits)) if metric == "fisher" else ((step, partial(look_forward, always=bool(bits))) for step in run.blocks("emulator", walk)):
+        for step, look in built_pass(walk, run, metric, bool(bits)):
             with with_lora(step, lora or {}): built = build_block(step, ranks, look, bits) if step.index >= first else pass_by(step, metric)
             give_back()
             if not run.main: continue

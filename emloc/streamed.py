@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from contextlib import contextmanager
-from functools import partial
 from types import SimpleNamespace
 from unittest import mock
 
@@ -18,7 +17,7 @@ from .adapter import Adapter
 from .anchor import residuals
 from .backward import loss_gradient
 from .correct import Pieces, judge
-from .emulator import backward_pass, build_block, look_forward
+from .emulator import build_block, built_pass
 from .fisher import decompose_fisher
 from .lowrank import chosen
 from .model import Conv1D, dense_weight, linears
@@ -185,11 +184,11 @@ def building_peaks(
         batch = fake_batch(model, batch_size, seq_len, completion)
         with on_paper(batch, model), mock.patch("emloc.rounding.waves", first_waves), mock.patch.multiple("emloc.emulator", load_file=lambda _: {f"0.{i}": h for i, h in enumerate(walk.waiting())}, save_file=nothing, loss_gradient=waiting_gradients(ledger)):
             walk = PaperWalk(model, ledger, batch)
-            run = SimpleNamespace(done={}, counted=lambda label, left, total: left, file=lambda *_: SimpleNamespace(unlink=nothing), mark=nothing)
+            run = SimpleNamespace(done={}, blocks=lambda label, walk: walk, counted=lambda label, left, total: left, file=lambda *_: SimpleNamespace(unlink=nothing), mark=nothing)
             if metric == "fisher":
                 for step in walk: step.run()
                 ledger.moment = "logits and loss"
-            for step, look in backward_pass(walk, run, bool(config.bits)) if metric == "fisher" else ((step, partial(look_forward, always=bool(config.bits))) for step in walk):
+            for step, look in built_pass(walk, run, metric, bool(config.bits)):
                 build_block(step, config.ranks, looking(look), config.bits)
                 ledger.moment = "between blocks"
     return ledger.peaks
