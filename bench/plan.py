@@ -49,6 +49,7 @@ RUNS = [ # name, model, what is run, rows in a batch, tokens, positions with log
     dict(model="Llama like", stage="train", batch_size=4, seq_len=256, completion=32, checkpointing=True, form="quantized"),
     dict(model="default", stage="build", batch_size=8, seq_len=256, rows=32, completion=16, metric="fisher"),
     dict(model="Qwen3 like", stage="build", batch_size=4, seq_len=512, rows=8, completion=64, metric="fisher"),
+    dict(model="default", stage="build", batch_size=8, seq_len=256, rows=32, completion=16, metric="fisher", form="quantized"),
     dict(model="default", stage="correct", batch_size=8, seq_len=256, rows=16, completion=16),
     dict(model="default", stage="anchor", batch_size=8, seq_len=256, rows=32),
     dict(model="default", stage="polish", batch_size=8, seq_len=256, rows=32, completion=16),

@@ -18,32 +18,45 @@ TITLES = {"bbc": "BBC News: one of 5 sections", "wordnet": "WordNet glosses: one
           "python": "documentation of Python: language modelling, all tokens"}
 
 
-def shares(found: dict, name: str, key: str) -> list:
+SHORT = {"bbc": "BBC News", "wordnet": "glosses", "inflect": "inflection", "python": "Python"}
+
+
+def shares(found: dict, name: str, key: str) -> dict:
     "The shares of a method, a list for each task that has them."
-    tasks = [[row[key] for row in task["rows"] if row["name"] == name and row[key] is not None] for task in found.values()]
-    return [task for task in tasks if task]
+    tasks = {task: [row[key] for row in result["rows"] if row["name"] == name and row[key] is not None] for task, result in found.items()}
+    return {task: runs for task, runs in tasks.items() if runs}
 
 
-def cell(tasks: list) -> str:
+def cell(tasks: dict) -> str:
     "The mean over tasks of the mean over seeds, and the worst run."
-    if not tasks: return "–"
-    return f"{statistics.mean(map(statistics.mean, tasks)):.3f} ({min(map(min, tasks)):.3f}; {len(tasks)} task{'s' if len(tasks) > 1 else ''})"
+    runs = list(tasks.values())
+    return f"{statistics.mean(map(statistics.mean, runs)):.3f} ({min(map(min, runs)):.3f})" if runs else "–"
+
+
+def summary(found: dict, about: dict) -> str:
+    "Markdown: every method on every task in a line."
+    judged = {task: "accuracy_share" if any(row["accuracy_share"] is not None for row in result["rows"]) else "nll_share" for task, result in found.items()}
+    lines = ["| | " + " | ".join(SHORT.get(task, task) + ("" if key == "accuracy_share" else ", NLL") for task, key in judged.items()) + " | mean of the accuracy (worst run) | mean of the NLL (worst run) |", "| --- |" + " --- |" * (len(judged) + 2)]
+    for name in in_order(row["name"] for result in found.values() for row in result["rows"]):
+        if name == METHODS[0].name: continue
+        own = {key: shares(found, name, key) for key in ("accuracy_share", "nll_share")}
+        def of_task(task):
+            runs = own[judged[task]].get(task)
+            return f"{statistics.mean(runs):.3f}" + (f" ({len(runs)} seed{'s' if len(runs) > 1 else ''})" if len(runs) < 3 else "") if runs else "–"
+        lines.append(f"| {name} | " + " | ".join(map(of_task, judged)) + f" | {cell(own['accuracy_share'])} | {cell(own['nll_share'])} |")
+    s = next(iter(found.values()))["setting"]
+    return "\n".join([f"SmolLM2-135M-Instruct, emulators of ratio {s['ratio']:g} where nothing else is said, {s['steps']} steps of {s['batch_size']} rows, {s['rows']} test rows; recovered of the accuracy, the mean over three seeds where nothing else is said:", "", *lines, "", f"({machine.line(about)}.)"])
 
 
 def table(found: dict, about: dict) -> str:
-    "Markdown: one table for each task, then the mean over tasks and seeds."
+    "Markdown: the summary, then a table for each task."
     lines = []
     for task, result in found.items():
         s = result["setting"]
         rates = sorted({row["rate"] for row in result["rows"]})
         lines += [f"**{TITLES.get(task, task)}** ({s['steps']} steps of {s['batch_size']} rows, {s['rows']} test rows, seeds {', '.join(str(seed) for seed in sorted({row['seed'] for row in result['rows']}))}, "
-                  f"learning rate {', '.join(f'{r:g}' for r in rates)}{' chosen on validation rows' if len(s['rates']) > 1 else ''}):", "", result["markdown"], ""]
-    names = in_order(row["name"] for result in found.values() for row in result["rows"])
-    lines += ["**All of them**, mean over the tasks of the mean share over the seeds (worst run; how many tasks a method was run on):", "", "| | of the accuracy | of the NLL |", "| --- | --- | --- |"]
-    for name in names:
-        lines.append(f"| {name} | " + " | ".join(cell(shares(found, name, key)) for key in ("accuracy_share", "nll_share")) + " |")
-    first = next(iter(found.values()))["setting"]
-    return "\n".join([f"SmolLM2-135M-Instruct, emulators of ratio {first['ratio']:g}: mean (range) over the seeds", "", *lines, "", f"({machine.line(about)}.)"])
+                  f"learning rate {', '.join(f'{r:g}' for r in rates)}{' chosen on validation rows' if len(s['rates']) > 1 else ''}), mean (range) over the seeds:", "", result["markdown"], ""]
+    return "\n".join([summary(found, about), "", *lines]).rstrip()
 
 
 if __name__ == "__main__":
@@ -68,6 +81,6 @@ if __name__ == "__main__":
         rows = comparison.rows(METHODS)
         if rows: found[name] = {"setting": comparison.known["setting"], "rows": rows, "markdown": comparison_table(rows, comparison.score(None))}
     markdown = table(found, about)
-    (HERE / "results" / "recovered.json").write_text(json.dumps({"machine": about, "tasks": found, "markdown": markdown}, indent=1) + "\n")
+    (HERE / "results" / "recovered.json").write_text(json.dumps({"machine": about, "tasks": found, "summary": summary(found, about), "markdown": markdown}, indent=1) + "\n")
     share_figure(found).savefig(HERE.parent / "nbs" / "images" / "recovered.png", dpi=110)
     print(markdown)
