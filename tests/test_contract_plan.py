@@ -66,6 +66,15 @@ def test_the_budget_is_kept_and_used():
     assert plan.fits and 0.9 * plan.budget < plan.stages[1].peak <= plan.budget and 0 < plan.ratio < 1
 
 
+def test_where_the_budget_asks_for_it_fewer_rows_go_through_a_block_together(llama):
+    plan = lambda **more: plan_memory(str(llama), ratio=0.5, seq_len=512, **more)
+    few, many = plan(walk_batch=4), plan(walk_batch=16)
+    budget = max(few.stages[0].peak, few.stages[2].peak)
+    fitted = plan(walk_batch=16, budget=budget)
+    assert budget < many.stages[0].peak and many.settings["walk_batch"] == 16
+    assert fitted.settings["walk_batch"] == 4 and [s.peak for s in fitted.stages] == [s.peak for s in few.stages]
+
+
 def test_what_does_not_fit_is_said_with_what_would():
     plan = plan_memory("TinyLlama-1.1B", budget="900MiB", batch_size=8, seq_len=2048, walk_batch=1)
     assert not plan.fits and "2 LoRA on the emulator does not fit" in "\n".join(plan.advice) and "does not fit" in repr(plan)
