@@ -45,7 +45,7 @@ def summary(found: dict, about: dict) -> str:
             return f"{statistics.mean(runs):.3f}" + (f" ({len(runs)} seed{'s' if len(runs) > 1 else ''})" if len(runs) < 3 else "") if runs else "–"
         lines.append(f"| {name} | " + " | ".join(map(of_task, judged)) + f" | {cell(own['accuracy_share'])} | {cell(own['nll_share'])} |")
     s = next(iter(found.values()))["setting"]
-    return "\n".join([f"SmolLM2-135M-Instruct, emulators of ratio {s['ratio']:g} where nothing else is said, {s['steps']} steps of {s['batch_size']} rows, {s['rows']} test rows; recovered of the accuracy, the mean over three seeds where nothing else is said:", "", *lines, "", f"({machine.line(about)}.)"])
+    return "\n".join([f"SmolLM2-135M-Instruct, emulators of ratio {s['ratio']:g} where nothing else is said, {s['steps']} steps of {s['batch_size']} rows, {s['rows']} test rows; recovered of the accuracy, the mean over three seeds where nothing else is said:", "", *lines, "", f"(Made on several machines of this size, the last of them: {machine.line(about)}.)"])
 
 
 def table(found: dict, about: dict) -> str:
