@@ -16,8 +16,6 @@ from emloc.data import load_task
 HERE = Path(__file__).parent
 TITLES = {"bbc": "BBC News: one of 5 sections", "wordnet": "WordNet glosses: one of 15 kinds", "inflect": "lemminflect: inflected forms, exact match",
           "python": "documentation of Python: language modelling, all tokens"}
-
-
 SHORT = {"bbc": "BBC News", "wordnet": "glosses", "inflect": "inflection", "python": "Python"}
 
 
@@ -48,15 +46,15 @@ def summary(found: dict, about: dict) -> str:
     return "\n".join([f"SmolLM2-135M-Instruct, emulators of ratio {s['ratio']:g} where nothing else is said, {s['steps']} steps of {s['batch_size']} rows, {s['rows']} test rows; recovered of the accuracy, the mean over three seeds where nothing else is said:", "", *lines, "", f"(Made on several machines of this size, the last of them: {machine.line(about)}.)"])
 
 
-def table(found: dict, about: dict) -> str:
-    "Markdown: the summary, then a table for each task."
+def details(found: dict) -> str:
+    "Markdown: a table for each task."
     lines = []
     for task, result in found.items():
         s = result["setting"]
         rates = sorted({row["rate"] for row in result["rows"]})
         lines += [f"**{TITLES.get(task, task)}** ({s['steps']} steps of {s['batch_size']} rows, {s['rows']} test rows, seeds {', '.join(str(seed) for seed in sorted({row['seed'] for row in result['rows']}))}, "
                   f"learning rate {', '.join(f'{r:g}' for r in rates)}{' chosen on validation rows' if len(s['rates']) > 1 else ''}), mean (range) over the seeds:", "", result["markdown"], ""]
-    return "\n".join([summary(found, about), "", *lines]).rstrip()
+    return "\n".join(lines).rstrip()
 
 
 if __name__ == "__main__":
@@ -80,7 +78,8 @@ if __name__ == "__main__":
         comparison.begin()
         rows = comparison.rows(METHODS)
         if rows: found[name] = {"setting": comparison.known["setting"], "rows": rows, "markdown": comparison_table(rows, comparison.score(None))}
-    markdown = table(found, about)
-    (HERE / "results" / "recovered.json").write_text(json.dumps({"machine": about, "tasks": found, "summary": summary(found, about), "markdown": markdown}, indent=1) + "\n")
+    brief = summary(found, about)
+    markdown = f"{brief}\n\n{details(found)}"
+    (HERE / "results" / "recovered.json").write_text(json.dumps({"machine": about, "tasks": found, "summary": brief, "markdown": markdown}, indent=1) + "\n")
     share_figure(found).savefig(HERE.parent / "nbs" / "images" / "recovered.png", dpi=110)
     print(markdown)
