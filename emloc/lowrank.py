@@ -180,6 +180,6 @@ def emulator_weight(
 ) -> torch.Tensor: # W_E (out, in), float32; None when this weight stayed dense
     "The weight that a pair or a packed linear stands for, from disk."
     if checkpoint.key(f"{module}.U"): return checkpoint.read(f"{module}.U").float() @ checkpoint.read(f"{module}.V").float()
-    if checkpoint.key(f"{module}.order") is None: return None
-    names = ("order", "scales", "unit", "coarse.codes", "coarse.book", "fine.codes", "fine.book")
+    if checkpoint.key(f"{module}.place") is None: return None
+    names = ("place", "scales", "unit", "coarse.codes", "coarse.book", "fine.codes", "fine.book")
     return restored({n: checkpoint.read(f"{module}.{n}") for n in names if checkpoint.key(f"{module}.{n}")}).dense()

@@ -17,8 +17,8 @@ from .arithmetic import scratch, working_dtype
 from .data import EmlocError
 
 # %% auto #0
-__all__ = ['PER_BYTE', 'GROUP', 'STEP', 'gaussian_levels', 'pack_numbers', 'meanings', 'frozen', 'Packed', 'as_stored', 'bits_of',
-           'overhead', 'layout', 'order_dtype', 'QuantizedLinear', 'restored']
+__all__ = ['PER_BYTE', 'AT_ONCE', 'GROUP', 'STEP', 'gaussian_levels', 'pack_numbers', 'meanings', 'look_up', 'frozen', 'Packed',
+           'as_stored', 'bits_of', 'overhead', 'layout', 'order_dtype', 'QuantizedLinear', 'restored']
 
 # %% ../nbs/03a_packed.ipynb #0b12a006
 @lru_cache
@@ -38,13 +38,13 @@ def gaussian_levels(
 PER_BYTE = {2: 8, 3: 5, 4: 4, 6: 3, 16: 2, 256: 1} # levels: how many numbers fit into a byte
 
 def pack_numbers(
-    numbers: torch.Tensor, # (rows, columns), whole numbers below `levels`
+    numbers: torch.Tensor, # (n,), whole numbers below `levels`
     levels: int,
-) -> torch.Tensor: # (rows, bytes), uint8
-    "Numbers into bytes, row by row."
+) -> torch.Tensor: # (bytes,), uint8
+    "Numbers into bytes."
     per = PER_BYTE[levels]
-    padded = F.pad(numbers, (0, -numbers.shape[1] % per)).unflatten(1, (-1, per)).long()
-    return (padded * levels ** torch.arange(per, device=numbers.device)).sum(2).to(torch.uint8)
+    padded = F.pad(numbers, (0, -len(numbers) % per)).unflatten(0, (-1, per)).long()
+    return (padded * levels ** torch.arange(per, device=numbers.device)).sum(1).to(torch.uint8)
 
 def meanings(
     book: torch.Tensor, # (levels,) what each number stands for
@@ -54,42 +54,53 @@ def meanings(
     digits = torch.arange(256, device=book.device)[:, None] // len(book) ** torch.arange(per, device=book.device) % len(book)
     return book[digits]
 
+AT_ONCE = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128} # bytes: a dtype of that size
+
+def look_up(
+    codes: torch.Tensor, # (bytes,), uint8
+    table: torch.Tensor, # (256, numbers in a byte), of `meanings`
+    into: torch.Tensor, # (bytes * numbers in a byte,), of the same dtype, changed
+):
+    "What the bytes stand for, one after the other. Numbers that fill a machine word are moved as one."
+    numbers = scratch(codes.shape, torch.int32, codes.device, "codes").copy_(codes)
+    word = AT_ONCE.get(table.shape[1] * table.element_size())
+    if word is None: torch.index_select(table, 0, numbers, out=into.view(len(codes), -1))
+    else: torch.index_select(table.view(word).flatten(), 0, numbers, out=into.view(word))
+
 # %% ../nbs/03a_packed.ipynb #ebf900f9
 def frozen(*shape, dtype=None, device=None): return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device), requires_grad=False)
 
 class Packed(nn.Module):
-    "A table of levels in a few bits each."
+    "Some columns of a weight in a few bits for each number, one column after the other."
     def __init__(
         self,
-        rows: int,
         columns: int,
+        rows: int,
         levels: int, # a key of PER_BYTE
         device=None,
         dtype=None, # of the levels
     ):
         super().__init__()
-        self.rows, self.columns, self.levels = rows, columns, levels
-        self.codes = frozen(rows, -(-columns // PER_BYTE[levels]), dtype=torch.uint8, device=device)
+        self.columns, self.rows, self.levels = columns, rows, levels
+        self.codes = frozen(-(-columns * rows // PER_BYTE[levels]), dtype=torch.uint8, device=device)
         self.book = frozen(levels, dtype=dtype, device=device)
 
     def put(
         self,
-        numbers: torch.Tensor, # (rows, columns), whole
+        numbers: torch.Tensor, # (columns, rows), whole
     ):
         "Take over what a rounding found."
-        self.codes.data, self.book.data = pack_numbers(numbers, self.levels), gaussian_levels(self.levels).to(numbers.device, self.book.dtype, copy=True)
+        self.codes.data, self.book.data = pack_numbers(numbers.flatten(), self.levels), gaussian_levels(self.levels).to(numbers.device, self.book.dtype, copy=True)
 
     def forward(
         self,
-        into: torch.Tensor, # (rows, columns), float
-    ) -> torch.Tensor: # the same
+        into: torch.Tensor, # flat, any float dtype; the first columns * rows numbers are changed, and up to 7 more
+    ):
         "The levels."
         table = meanings(self.book.detach().to(into.dtype))
-        codes = scratch((self.codes.numel(),), torch.int32, into.device, "codes").copy_(self.codes.flatten())
-        levels = torch.index_select(table, 0, codes, out=scratch((len(codes), table.shape[1]), into.dtype, into.device, "levels"))
-        return into.copy_(levels.view(self.rows, -1)[:, :self.columns])
+        look_up(self.codes.detach(), table, into[:len(self.codes) * table.shape[1]])
 
-    def extra_repr(self): return f"{self.rows}, {self.columns}, levels={self.levels}"
+    def extra_repr(self): return f"{self.columns}, {self.rows}, levels={self.levels}"
 
 # %% ../nbs/03a_packed.ipynb #2dc472ef
 def as_stored(
@@ -102,7 +113,7 @@ def as_stored(
 
 # %% ../nbs/03a_packed.ipynb #ab282b78
 GROUP = 64 # neighbours in a row that share a scale
-STEP = 24 # the finer columns are a multiple of it
+STEP = 24 # the finer columns are a multiple of it, so that what comes after them begins with a machine word
 
 def bits_of(levels: int) -> float: return 8 / PER_BYTE[levels] # that one number takes
 
@@ -134,13 +145,12 @@ class _Multiply(torch.autograd.Function):
         ctx.layer = layer
         wide = working_dtype(x)
         bias = None if layer.bias is None else layer.bias.to(wide)
-        return F.linear(x.index_select(-1, layer.order.int()).to(wide), layer.columns(wide, keep=False), bias).to(x.dtype)
+        return F.linear(x.to(wide), layer.transposed(wide, keep=False).T, bias).to(x.dtype)
 
     @staticmethod
     def backward(ctx, grad):
         wide = working_dtype(grad)
-        sorted_grad = (grad.to(wide) @ ctx.layer.columns(wide, keep=False)).to(grad.dtype)
-        return torch.empty_like(sorted_grad).index_copy_(-1, ctx.layer.order.long(), sorted_grad), None
+        return (grad.to(wide) @ ctx.layer.transposed(wide, keep=False).T).to(grad.dtype), None
 
 class QuantizedLinear(nn.Module):
     "A linear layer of packed columns, the loud ones finer than the rest."
@@ -155,10 +165,10 @@ class QuantizedLinear(nn.Module):
     ):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        *fine, self.coarse = (Packed(out_features, columns, levels, device, dtype) for columns, levels in parts)
+        *fine, self.coarse = (Packed(columns, out_features, levels, device, dtype) for columns, levels in parts)
         self.fine = fine[0] if fine else None
-        self.order = frozen(in_features, dtype=order_dtype(in_features), device=device) # the input column of each stored one
-        self.scales, self.unit = frozen(out_features, -(-in_features // GROUP), dtype=torch.uint8, device=device), frozen(1, dtype=dtype, device=device)
+        self.place = frozen(in_features, dtype=order_dtype(in_features), device=device) # which of the stored columns is that of each input
+        self.scales, self.unit = frozen(-(-in_features // GROUP), out_features, dtype=torch.uint8, device=device), frozen(1, dtype=dtype, device=device)
         self.bias = frozen(out_features, device=device, dtype=dtype) if bias else None
 
     def put(
@@ -169,34 +179,37 @@ class QuantizedLinear(nn.Module):
         unit: float, # both as `as_stored` gives them
     ) -> "QuantizedLinear": # itself
         "Take over what a rounding found."
-        cut = self.in_features - self.coarse.columns
-        if self.fine is not None: self.fine.put(numbers[:, :cut])
-        self.coarse.put(numbers[:, cut:])
-        self.order.data, self.unit.data = order.to(self.order.dtype), torch.full_like(self.unit, unit, device=order.device)
-        self.scales.data = (scales / unit).to(torch.float8_e4m3fn).view(torch.uint8)
+        numbers, cut = numbers.T, self.in_features - self.coarse.columns
+        if self.fine is not None: self.fine.put(numbers[:cut])
+        self.coarse.put(numbers[cut:])
+        self.place.data, self.unit.data = order.argsort().to(self.place.dtype), torch.full_like(self.unit, unit, device=order.device)
+        self.scales.data = (scales.T / unit).to(torch.float8_e4m3fn).view(torch.uint8).contiguous()
         return self
 
-    def columns(
+    @torch.no_grad()
+    def transposed(
         self,
         dtype: torch.dtype = torch.float32,
         keep: bool = True, # False: it is only needed until the next weight is asked for
-    ) -> torch.Tensor: # (out, in), in the order in which they are stored
-        "The weight with its columns sorted."
-        shape, device, cut = (self.out_features, self.in_features), self.scales.device, self.in_features - self.coarse.columns
-        found = torch.empty(shape, dtype=dtype, device=device) if keep else scratch(shape, dtype, device, "weight")
-        if self.fine is not None: self.fine(found[:, :cut])
-        self.coarse(found[:, cut:])
+    ) -> torch.Tensor: # (in, out)
+        "The weight, column by column."
+        in_, out, device = self.in_features, self.out_features, self.scales.device
+        stored = scratch((in_ * out + 7,), dtype, device, "levels")
+        if self.fine is not None: self.fine(stored)
+        self.coarse(stored[(in_ - self.coarse.columns) * out:])
+        levels, full = stored[:in_ * out].view(in_, out), in_ // GROUP
         scales = self.scales.view(torch.float8_e4m3fn).to(dtype) * self.unit.to(dtype)
-        if self.in_features % GROUP: return found.mul_(scales.repeat_interleave(GROUP, 1)[:, :self.in_features])
-        found.unflatten(1, (-1, GROUP)).mul_(scales[:, :, None])
-        return found
+        levels[:full * GROUP].view(full, GROUP, out).mul_(scales[:full, None])
+        if in_ % GROUP: levels[full * GROUP:].mul_(scales[full])
+        found = torch.empty(in_, out, dtype=dtype, device=device) if keep else scratch((in_, out), dtype, device, "weight")
+        return torch.index_select(levels, 0, self.place.int(), out=found)
 
     def dense(
         self,
         dtype: torch.dtype = torch.float32,
     ) -> torch.Tensor: # (out, in)
         "The weight that this layer stands for."
-        return self.columns(dtype, keep=False).index_select(1, self.order.long().argsort())
+        return self.transposed(dtype).T
 
     def forward(self, x):
         kind = x.device.type
@@ -209,9 +222,9 @@ def restored(
     tensors: dict, # {name: tensor} of the state of a QuantizedLinear
 ) -> QuantizedLinear: # with these very tensors
     "The layer, from what is stored of it."
-    (out, _), in_ = tensors["coarse.codes"].shape, len(tensors["order"])
+    out, in_ = tensors["scales"].shape[1], len(tensors["place"])
     levels = [len(tensors[f"{name}.book"]) for name in ("fine", "coarse") if f"{name}.book" in tensors]
-    fine = tensors["fine.codes"].shape[1] * PER_BYTE[levels[0]] // STEP * STEP if len(levels) > 1 else 0
+    fine = len(tensors["fine.codes"]) * PER_BYTE[levels[0]] // out // STEP * STEP if len(levels) > 1 else 0
     layer = QuantizedLinear(in_, out, [(fine, levels[0])] * (fine > 0) + [(in_ - fine, levels[-1])], "bias" in tensors, device="meta")
     layer.load_state_dict(tensors, assign=True)
     return layer

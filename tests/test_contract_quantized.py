@@ -10,7 +10,7 @@ from emloc.data import EmlocError
 from emloc.emulator import build_emulator
 from emloc.lowrank import emulator_config, emulator_weight, load_emulator
 from emloc.model import Checkpoint, Conv1D, block_linears, skeleton
-from emloc.packed import PER_BYTE, QuantizedLinear, as_stored, gaussian_levels, layout, meanings, pack_numbers, restored
+from emloc.packed import PER_BYTE, QuantizedLinear, as_stored, gaussian_levels, layout, look_up, meanings, overhead, pack_numbers, restored
 from emloc.plan import plan_memory
 from emloc.rounding import quantize
 from emloc.spectrum import Gram
@@ -26,12 +26,30 @@ def test_levels_are_those_of_max_1960(levels, largest, error):
 
 
 @pytest.mark.parametrize("levels", sorted(PER_BYTE))
-@pytest.mark.parametrize("columns", [1, 7, 64, 101])
-def test_numbers_come_back_from_their_bytes(levels, columns):
-    numbers = torch.randint(levels, (5, columns), generator=torch.Generator().manual_seed(columns))
-    code = pack_numbers(numbers, levels)
-    assert code.dtype == torch.uint8 and code.shape == (5, -(-columns // PER_BYTE[levels]))
-    assert torch.equal(meanings(torch.arange(levels))[code.long()].flatten(1)[:, :columns], numbers)
+@pytest.mark.parametrize("n", [1, 7, 64, 101])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_numbers_come_back_from_their_bytes(levels, n, dtype):
+    numbers = torch.randint(levels, (n,), generator=torch.Generator().manual_seed(n))
+    codes = pack_numbers(numbers, levels)
+    assert codes.dtype == torch.uint8 and codes.shape == (-(-n // PER_BYTE[levels]),)
+    into = torch.empty(len(codes) * PER_BYTE[levels], dtype=dtype)
+    look_up(codes, meanings(torch.arange(levels, dtype=dtype)), into)
+    assert torch.equal(into[:n].long(), numbers)
+
+
+@pytest.mark.parametrize("shape", [(5, 30), (7, 101), (192, 50), (33, 200), (64, 24)])
+@pytest.mark.parametrize("bits", [2.5, 3.3, 4.7, 7.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_is_made_of_the_levels_scales_and_order_that_were_put_into_it(shape, bits, dtype):
+    (out, in_), seed = shape, torch.Generator().manual_seed(3)
+    parts = layout(shape, bits + overhead(shape) - 0.6)
+    numbers = torch.cat([torch.randint(levels, (out, columns), generator=seed) for columns, levels in parts], 1)
+    order, (scales, unit) = torch.randperm(in_, generator=seed), as_stored(torch.rand(out, -(-in_ // 64), generator=seed) + 0.01)
+    levels = torch.cat([gaussian_levels(k)[part] for (_, k), part in zip(parts, numbers.split([c for c, _ in parts], 1))], 1)
+    truth = torch.empty(shape)
+    truth[:, order] = levels * scales.repeat_interleave(64, 1)[:, :in_]
+    found = QuantizedLinear(in_, out, parts).put(order, numbers, scales, unit).dense(dtype)
+    assert torch.allclose(found.float(), truth, rtol=0 if dtype == torch.float32 else 2 ** -7)
 
 
 @pytest.mark.parametrize("shape", [(576, 576), (192, 576), (1536, 576), (576, 1536), (100, 90), (32, 50)])
