@@ -25,12 +25,12 @@ from .lowrank import emulator_config, load_emulator
 from .model import Checkpoint, block_names, find_model, give_back
 from .output import check_out, check_same, last_checkpoint, new_directory, processes, write_json
 from .pairlora import load_adapter, lora_config, wrap
-from .rounds import made_in
+from .rounds import made_in, whole
 from .walk import bare, hidden_of, keep_last
 
 # %% auto #0
 __all__ = ['NOTE', 'training_args', 'train_lora', 'tidy', 'AdapterTrainer', 'with_positions', 'training_settings', 'pick_up',
-           'train_adapter', 'save_raw', 'train_on_model']
+           'train_adapter', 'lora_state', 'save_raw', 'train_on_model']
 
 # %% ../nbs/20_finetune.ipynb #c66a8af8
 def training_args(
@@ -172,22 +172,30 @@ def train_adapter(
     folder = Path(args.output_dir)
     last = pick_up(folder, training_settings(emulator, train, model, args, opened), resume)
     train_lora(model, train, args, tokenizer=tokenizer, resume=last, anchors=opened, **trainer)
+    state = lora_state(model)
     if team.is_main_process:
-        with new_directory(out) as partial: save_raw(model, partial, Path(emulator), source, opened)
+        with new_directory(out) as partial: save_raw(model, state, partial, Path(emulator), source, opened)
         (folder / NOTE).unlink(missing_ok=True)
         if folder == Path(f"{out}.checkpoints"): shutil.rmtree(folder, ignore_errors=True)
     team.wait_for_everyone()
     return out
 
+def lora_state(
+    model: PeftModel, # after training, perhaps in shards
+) -> dict: # {name: tensor}
+    "The LoRA as PEFT names it. Every process must ask."
+    return {n: whole(t) for n, t in model.state_dict().items() if "lora_" in n}
+
 def save_raw(
     model: PeftModel, # after training
+    state: dict, # of lora_state
     folder: Path, # an existing directory
     emulator: Path, # the emulator directory it was trained on
     source, # the emulator's EmulatorConfig
     anchors: Anchors | None = None, # that it was trained with
 ):
     "Write the adapter with a note of the emulator and the model that it belongs to."
-    model.save_pretrained(folder)
+    model.save_pretrained(folder, state_dict=state)
     adapter = read_adapter(folder)
     if adapter.config.rank_pattern or adapter.config.alpha_pattern:
         # the file sorts the patterns and the first match wins, so overlapping ones are written out layer by layer

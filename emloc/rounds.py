@@ -26,14 +26,20 @@ from .walk import bare
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'CALIBRATION', 'live_pairs', 'same_choice', 'take_over', 'made_in', 'Rounds']
+__all__ = ['log', 'CALIBRATION', 'whole', 'live_pairs', 'same_choice', 'take_over', 'made_in', 'Rounds']
 
 # %% ../nbs/15_rounds.ipynb #37a47497
+def whole(
+    tensor: torch.Tensor, # perhaps in the shards of several processes, as FSDP leaves them
+) -> torch.Tensor: # all of it
+    "Every process must ask."
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
 def live_pairs(
     model: PeftModel, # while it is trained
 ) -> dict: # {module: (A, B, scaling)}, float32 copies on the CPU
     "The pairs of a LoRA, as they are now."
-    copy = lambda layer: layer["default"].weight.detach().float().cpu().clone()
+    copy = lambda layer: whole(layer["default"].weight.detach()).float().cpu().clone()
     return {n.removeprefix(PREFIX): (copy(m.lora_A), copy(m.lora_B), m.scaling["default"]) for n, m in model.named_modules() if isinstance(m, LoraLayer)}
 
 # %% ../nbs/15_rounds.ipynb #cb74e5ed

@@ -1,4 +1,4 @@
-"""Two processes share stages 1 and 2: the same result to rounding, written by one; killed, they go on together."""
+"""Two processes share stages 1 and 2: the same result to rounding, written by one; killed, they go on together; and share the emulator itself."""
 import json
 import os
 import subprocess
@@ -72,3 +72,62 @@ def test_two_processes_do_what_one_does_and_go_on_after_a_kill(launch, llama, ta
     for name, raw in one.items():
         trained, shared = (tiny.logits(load_adapter(load_emulator(e), r)) for e, r in ((emulator, raw), (out / "emulator", out / name)))
         assert tiny.differs(trained, shared) < 1e-2 < tiny.differs(plain, trained)
+
+
+SHARDED = """
+import os, sys
+sys.path[:0] = [{tests!r}]
+import torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from emloc.finetune import lora_config, lora_state
+from emloc.lowrank import load_emulator
+from emloc.model import block_names
+from emloc.pairlora import wrap
+from emloc.rounds import live_pairs
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+rank, mesh = dist.get_rank(), init_device_mesh("cpu", (2,))
+ids = torch.randint(6, 320, (4, 12), generator=torch.Generator().manual_seed(0))
+
+def ready(path):
+    torch.manual_seed(0)
+    model = wrap(load_emulator(path, dtype=torch.float32), lora_config(rank=4, alpha=8))
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=dict(use_reentrant=False))
+    return model.train()
+
+def losses(model, ids, found=()):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(3):
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        found = (*found, loss.detach())
+    return torch.stack(found)
+
+for path in sys.argv[1:]:
+    whole, parts = ready(path), ready(path)
+    for name in block_names(parts.get_base_model()): fully_shard(parts.get_base_model().get_submodule(name), mesh=mesh)
+    fully_shard(parts, mesh=mesh)
+    mean = losses(parts, ids[2 * rank:2 * rank + 2]) / 2
+    dist.all_reduce(mean)
+    alone, held = losses(whole, ids), sum(p.to_local().numel() for p in parts.parameters()) / sum(p.numel() for p in whole.parameters())
+    assert torch.allclose(mean, alone, atol=1e-4) and alone[0] - alone[-1] > 0.1, (mean, alone)
+    assert held < 0.6, held
+    saved, kept = lora_state(parts), lora_state(whole)
+    assert saved.keys() == kept.keys() and all(torch.allclose(saved[n], kept[n], atol=1e-5) for n in kept)
+    pairs, mine = live_pairs(parts), live_pairs(whole)
+    assert pairs.keys() == mine.keys() and all(torch.allclose(pairs[n][1], mine[n][1], atol=1e-5) for n in mine)
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def test_an_emulator_in_shards_is_trained_as_a_whole_one_is(make_stages, tmp_path):
+    (tmp_path / "script.py").write_text(SHARDED.format(tests=str(tiny.ROOT / "tests")))
+    paths = [make_stages(kind).emulator for kind in ("llama", "llama, quantized")]
+    words = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "script.py", *paths]
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {"PYTHONPATH": str(tiny.ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, "-m", *map(str, words)], env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-4000:]
