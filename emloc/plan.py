@@ -145,7 +145,7 @@ def advise(plan: Plan, s: Shapes, settings: dict, stage_2) -> list: # lines
         if need.fits(plan.budget): continue
         lines.append(f"{need.name} does not fit: it needs {need.peak / 2**30:.2f} GiB of {plan.budget / 2**30:.2f}.")
         if not need.name.startswith("2"):
-            lines.append(f"  One block and the dense parts alone are {(s.block + s.dense) / 2**30:.2f} GiB, and here a single row goes through it at a time; shorter rows (--seq-len), a CPU with more memory (--device cpu), or that budget would do."
+            lines.append(f"  One block and the dense parts alone are {(s.block + s.dense) / 2**30:.2f} GiB, and here a single row goes through it at a time; shorter rows (--seq-len, or --max-length of emloc emulate), a CPU with more memory (--device cpu), or that budget would do."
                          + (" The Fisher metric keeps a Gram matrix for every output as well; --metric activation needs less." if need.name.startswith("1") and plan.settings.get("metric") == "fisher" else ""))
             continue
         tries = {"activation checkpointing": {"checkpointing": True}, "a batch of 1": {"batch_size": 1, "checkpointing": True},
