@@ -336,9 +336,9 @@ def test_training_on_a_cpu_hands_memory_back_now_and_then(llama_stages, task, tm
     calls, model = [], wrap(load_emulator(llama_stages.emulator))
     monkeypatch.setattr(finetune, "give_back", lambda: calls.append(1))
     train_lora(model, task.train, training_args(tmp_path, steps=2, bf16=False, save_strategy="no", disable_tqdm=True), tokenizer=tiny.tokenizer())
-    assert len(calls) == 2 # steps; three blocks are one group
+    assert len(calls) == 2 * 2 # steps, forward and backward; three blocks are one group
     model(input_ids=torch.arange(6, 12)[None])
-    assert len(calls) == 2
-    monkeypatch.setattr(finetune, "APART", 2)
+    assert len(calls) == 4
+    monkeypatch.setattr(finetune, "APART", (2, 1))
     train_lora(model, task.train, training_args(tmp_path, steps=1, bf16=False, save_strategy="no", disable_tqdm=True), tokenizer=tiny.tokenizer())
-    assert len(calls) == 2 + 2 # the first and the last block
+    assert len(calls) == 4 + 2 * 2 # after the first and the last block
