@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from .adapter import PREFIX, check_lora, check_shapes, read_adapter, resolve_targets
 from .arithmetic import working_dtype
 from .data import EmlocError
-from .lowrank import EMULATED, LowRankLinear
+from .lowrank import EMULATED
 from .model import block_linears, dense_weight, linear_shapes
-from .packed import QuantizedLinear, layout
+from .packed import QuantizedLinear
 
 # %% auto #0
 __all__ = ['PairWithLora', 'PackedWithLora', 'with_lora', 'LowRankLora', 'register_pairs', 'quiet_peft', 'pair_names',
