@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from functools import cache
+from html import escape
 
 from .data import EmlocError
 from .emulator import FORMS, choose_bits
@@ -16,7 +17,7 @@ from .needs import KINDS, Shapes, anchoring, building, correcting, polishing, tr
 from .rank import check_ratio, of_last, uniform
 
 # %% auto #0
-__all__ = ['UNITS', 'LEAST', 'parse_bytes', 'Plan', 'fit_ratio', 'plan_memory', 'advise']
+__all__ = ['UNITS', 'COLUMNS', 'LEAST', 'parse_bytes', 'Plan', 'fit_ratio', 'plan_memory', 'advise']
 
 # %% ../nbs/41_plan.ipynb #f0950aef
 UNITS = {"": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -32,6 +33,8 @@ def parse_bytes(
     return size
 
 # %% ../nbs/41_plan.ipynb #d79777a4
+COLUMNS = ("peak", *KINDS, "CPU memory", "disk") # of its table
+
 @dataclass
 class Plan:
     "Bytes of each stage, and the ranks; prints itself as a table."
@@ -57,20 +60,34 @@ class Plan:
         return {"model": self.model, "ratio": self.ratio, "model_bytes": self.model_bytes, "emulator_bytes": self.emulator_bytes, "budget_bytes": self.budget, "fits": self.fits,
                 "settings": self.settings, "ranks": self.ranks, "stages": needs(self.stages), "options": needs(self.options), "rivals": needs(self.rivals), "advice": self.advice}
 
-    def __repr__(self):
-        gib = lambda b: f"{b / 2**30:10.2f}" if b else f"{'':10}"
+    def heading(self) -> list: # lines
+        "What the numbers are of."
         s = self.settings
-        lines = [f"{self.model}: {self.model_bytes / 2**30:.2f} GiB; emulator of ratio {self.ratio:.3f}: {self.emulator_bytes / 2**30:.2f} GiB"
-                 + (f"; budget {self.budget / 2**30:.2f} GiB" if self.budget else ""),
-                 f"{s['batch_size']} rows of {s['seq_len']} tokens, LoRA of rank {s['lora_rank']}, {'with' if s['checkpointing'] else 'no'} activation checkpointing; sizes in GiB",
-                 f"{s['metric']} metric from {s['calibration_rows']} rows of calibration, {s['walk_batch']} in a block at a time", "",
-                 f"{'':38}" + "".join(f"{c:>12}" if c in ("activations", "optimizer") else f"{c:>10}" for c in ("peak", *KINDS)) + f"{'CPU memory':>12}{'disk':>10}"]
-        for title, needs in (("EMLoC", self.stages), ("  if wanted", self.options), ("instead", self.rivals)):
-            lines.append(title)
-            for n in needs:
-                cells = "".join(f"{gib(n.parts.get(k, 0)):>12}" if k in ("activations", "optimizer") else gib(n.parts.get(k, 0)) for k in KINDS)
-                lines.append(f"  {n.name:36}{gib(n.peak)}{cells}{gib(n.host):>12}{gib(n.disk)}" + ("" if n.fits(self.budget) else "  does not fit"))
+        return [f"{self.model}: {self.model_bytes / 2**30:.2f} GiB; emulator of ratio {self.ratio:.3f}: {self.emulator_bytes / 2**30:.2f} GiB" + (f"; budget {self.budget / 2**30:.2f} GiB" if self.budget else ""),
+                f"{s['batch_size']} rows of {s['seq_len']} tokens, LoRA of rank {s['lora_rank']}, {'with' if s['checkpointing'] else 'no'} activation checkpointing; sizes in GiB",
+                f"{s['metric']} metric from {s['calibration_rows']} rows of calibration, {s['walk_batch']} in a block at a time"]
+
+    def table(self) -> list: # [(part of the table, [(name, sizes under COLUMNS in GiB as text, whether it fits)])]
+        "The numbers, without those that are nothing."
+        gib = lambda size: f"{size / 2**30:.2f}" if size else ""
+        line = lambda n: (n.name, [gib(size) for size in (n.peak, *(n.parts.get(k, 0) for k in KINDS), n.host, n.disk)], n.fits(self.budget))
+        return [(title, [line(n) for n in needs]) for title, needs in (("EMLoC", self.stages), ("if wanted", self.options), ("instead", self.rivals))]
+
+    def __repr__(self):
+        widths = [max(10, len(c) + 1) for c in COLUMNS]
+        row = lambda cells: "".join(f"{cell:>{width}}" for cell, width in zip(cells, widths))
+        lines = [*self.heading(), "", f"{'':38}{row(COLUMNS)}"]
+        for title, needs in self.table(): lines += [title, *(f"  {name:36}{row(sizes)}{'' if fits else '  does not fit'}" for name, sizes, fits in needs)]
         return "\n".join([*lines, *(["", *self.advice] if self.advice else [])])
+
+    def _repr_html_(self):
+        table = self.table()
+        used = [i for i in range(len(COLUMNS)) if any(sizes[i] for _, needs in table for _, sizes, _ in needs)] # a page is narrow
+        row = lambda first, cells, kind="td": f'<tr><{kind} style="text-align: left; white-space: nowrap">{first}</{kind}>' + "".join(f'<{kind} style="padding: 0 0.25em">{cells[i]}</{kind}>' for i in used) + "</tr>"
+        parts = [row("", COLUMNS, "th")]
+        for title, needs in table: parts += [row(f"<b>{title}</b>", [""] * len(COLUMNS)), *(row(escape(name) + ("" if fits else "<br><b>does not fit</b>"), sizes) for name, sizes, fits in needs)]
+        lines = lambda texts: f"<p>{'<br>'.join(map(escape, texts))}</p>" if texts else ""
+        return f'{lines(self.heading())}<div style="overflow-x: auto"><table style="font-size: 0.75em">{"".join(parts)}</table></div>{lines(self.advice)}'
 
 # %% ../nbs/41_plan.ipynb #f988162f
 LEAST = {"lowrank": 0.02, "quantized": 0.08} # the ratio of an emulator below which it teaches nothing, or cannot be stored

@@ -34,7 +34,7 @@ def test_every_family_is_planned_from_its_config_alone(model, family, tmp_path):
     assert plan.model_bytes in (Checkpoint(model).nbytes, Checkpoint(model).nbytes // 2) # float32 on disk, and as the config says
     inference, lora, quantised = plan.rivals
     assert quantised.peak < lora.peak > plan.stages[1].peak and inference.peak >= plan.model_bytes
-    assert json.loads(json.dumps(plan.report()))["ratio"] == 0.5 and "does not fit" not in repr(plan)
+    assert json.loads(json.dumps(plan.report()))["ratio"] == 0.5 and "does not fit" not in repr(plan) and "does not fit" not in plan._repr_html_()
 
 
 def test_the_emulator_has_the_planned_bytes(llama, task, tmp_path):
@@ -77,7 +77,7 @@ def test_where_the_budget_asks_for_it_fewer_rows_go_through_a_block_together(lla
 
 def test_what_does_not_fit_is_said_with_what_would():
     plan = plan_memory("TinyLlama-1.1B", budget="900MiB", batch_size=8, seq_len=2048, walk_batch=1)
-    assert not plan.fits and "2 LoRA on the emulator does not fit" in "\n".join(plan.advice) and "does not fit" in repr(plan)
+    assert not plan.fits and "2 LoRA on the emulator does not fit" in "\n".join(plan.advice) and "does not fit" in repr(plan) and "does not fit" in plan._repr_html_()
 
 
 def test_the_promise_38b_on_24_gib():
