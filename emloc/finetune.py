@@ -179,7 +179,7 @@ def train_adapter(
     train_lora(model, train, args, tokenizer=tokenizer, resume=last, anchors=opened, **trainer)
     state = lora_state(model)
     if team.is_main_process:
-        with new_directory(out) as partial: save_raw(model, state, partial, Path(emulator), source, opened)
+        with new_directory(out) as partial: save_raw(model, partial, Path(emulator), source, opened, state)
         (folder / NOTE).unlink(missing_ok=True)
         if folder == Path(f"{out}.checkpoints"): shutil.rmtree(folder, ignore_errors=True)
     team.wait_for_everyone()
@@ -193,14 +193,14 @@ def lora_state(
 
 def save_raw(
     model: PeftModel, # after training
-    state: dict, # of lora_state
     folder: Path, # an existing directory
     emulator: Path, # the emulator directory it was trained on
     source, # the emulator's EmulatorConfig
     anchors: Anchors | None = None, # that it was trained with
+    state: dict | None = None, # of lora_state, where the model is in shards and this is one process of several
 ):
     "Write the adapter with a note of the emulator and the model that it belongs to."
-    model.save_pretrained(folder, state_dict=state)
+    model.save_pretrained(folder, state_dict=state or lora_state(model))
     adapter = read_adapter(folder)
     if adapter.config.rank_pattern or adapter.config.alpha_pattern:
         # the file sorts the patterns and the first match wins, so overlapping ones are written out layer by layer
