@@ -98,7 +98,7 @@ class Packed(nn.Module):
     ):
         "The levels."
         table = meanings(self.book.detach().to(into.dtype))
-        look_up(self.codes.detach(), table, into[:len(self.codes) * table.shape[1]])
+        look_up(self.codes, table, into[:len(self.codes) * table.shape[1]])
 
     def extra_repr(self): return f"{self.columns}, {self.rows}, levels={self.levels}"
 
@@ -143,14 +143,10 @@ class _Multiply(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer = layer
-        wide = working_dtype(x)
-        bias = None if layer.bias is None else layer.bias.to(wide)
-        return F.linear(x.to(wide), layer.transposed(wide, keep=False).T, bias).to(x.dtype)
+        return layer.onward(x.to(working_dtype(x))).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad):
-        wide = working_dtype(grad)
-        return (grad.to(wide) @ ctx.layer.transposed(wide, keep=False).T).to(grad.dtype), None
+    def backward(ctx, grad): return ctx.layer.back(grad.to(working_dtype(grad))).to(grad.dtype), None
 
 class QuantizedLinear(nn.Module):
     "A linear layer of packed columns, the loud ones finer than the rest."
@@ -203,6 +199,20 @@ class QuantizedLinear(nn.Module):
         if in_ % GROUP: levels[full * GROUP:].mul_(scales[full])
         found = torch.empty(in_, out, dtype=dtype, device=device) if keep else scratch((in_, out), dtype, device, "weight")
         return torch.index_select(levels, 0, self.place.int(), out=found)
+
+    def onward(
+        self,
+        x: torch.Tensor, # (..., in), in the dtype to compute in
+    ) -> torch.Tensor: # (..., out)
+        "x Wᵀ + b, without a gradient."
+        return F.linear(x, self.transposed(x.dtype, keep=False).T, None if self.bias is None else self.bias.to(x.dtype))
+
+    def back(
+        self,
+        grad: torch.Tensor, # (..., out), in the dtype to compute in
+    ) -> torch.Tensor: # (..., in)
+        "What a gradient of the outputs is at the inputs: grad W."
+        return grad @ self.transposed(grad.dtype, keep=False).T
 
     def dense(
         self,

@@ -54,11 +54,11 @@ class PackedWithLora(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer, A, B, scaling):
         rows, wide = x.reshape(-1, x.shape[-1]), working_dtype(x)
-        thin = rows.to(wide) @ A.to(wide).T
+        work = rows.to(wide)
+        thin = work @ A.to(wide).T
         ctx.save_for_backward(rows, thin.to(x.dtype), A, B)
         ctx.layer, ctx.scaling, ctx.shape = layer, scaling, x.shape
-        y = F.linear(rows.to(wide), layer.transposed(wide, keep=False).T, None if layer.bias is None else layer.bias.to(wide))
-        return y.addmm_(thin, (scaling * B).to(wide).T).to(x.dtype).view(*x.shape[:-1], -1)
+        return layer.onward(work).addmm_(thin, (scaling * B).to(wide).T).to(x.dtype).view(*x.shape[:-1], -1)
 
     @staticmethod
     def backward(ctx, grad):
@@ -66,7 +66,7 @@ class PackedWithLora(torch.autograd.Function):
         kind, wide = grad.dtype, working_dtype(grad)
         grad = grad.reshape(-1, grad.shape[-1]).to(wide)
         down = grad @ (ctx.scaling * B).to(wide)
-        to_x = (grad @ ctx.layer.transposed(wide, keep=False).T).addmm_(down, A.to(wide)).to(kind).view(ctx.shape) if ctx.needs_input_grad[0] else None
+        to_x = ctx.layer.back(grad).addmm_(down, A.to(wide)).to(kind).view(ctx.shape) if ctx.needs_input_grad[0] else None
         to_A = (down.T @ rows.to(wide)).to(A.dtype) if ctx.needs_input_grad[2] else None
         to_B = (ctx.scaling * (grad.T @ thin.to(wide))).to(B.dtype) if ctx.needs_input_grad[3] else None
         return to_x, None, to_A, to_B, None

@@ -168,11 +168,12 @@ class Rounds(Anchors):
     ):
         "Go on with the emulator of the last round that begins with a new one. It is made around the LoRA from the rows that come next, or an interrupted run has left it."
         turn = number - number % self.renew
-        path = self.folder / f"emulator-{turn:05d}-{pairs_hash(pairs)}"
         if turn < number:
             path = next((p for p in self.folder.glob(f"emulator-{turn:05d}-*") if p.suffix != ".partial"), None)
             if path is None: raise EmlocError(f"{self.folder}: the emulator of round {turn + 1} is not here any more; begin the training again from its first step")
-        elif not path.is_dir(): build_emulator(self.model, self.coming(number), path, lora=pairs, **same_choice(self.emulator), **self.walking())
+        else:
+            path = self.folder / f"emulator-{turn:05d}-{pairs_hash(pairs)}"
+            if not path.is_dir(): build_emulator(self.model, self.coming(number), path, lora=pairs, **same_choice(self.emulator), **self.walking())
         if path != self.emulator: take_over(self.peft, path)
         self.emulator = path
 

@@ -15,7 +15,7 @@ from emloc.emulator import build_emulator
 from emloc.lowrank import load_emulator
 from emloc.finetune import train_adapter, train_lora, training_args
 from emloc.pairlora import load_adapter, lora_config, register_pairs, wrap
-from emloc.model import Checkpoint, block_linears, block_names, skeleton
+from emloc.model import Checkpoint, block_linears, skeleton
 
 
 @pytest.fixture

@@ -36,6 +36,12 @@ for name, rounds in (("raw", None), ("rounds", Rounds(model, 2, stored="float32"
 """
 
 
+def in_two_processes(script, *words, **env):
+    "A script in two processes, with one thread each."
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {"PYTHONPATH": str(tiny.ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | env
+    return subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", *map(str, (script, *words))], env=env, capture_output=True, text=True, timeout=300)
+
+
 @pytest.fixture(scope="module")
 def launch(llama, task, tmp_path_factory):
     "Function (folder, deadly) -> exit code of a launch of two processes."
@@ -44,10 +50,7 @@ def launch(llama, task, tmp_path_factory):
     (folder / "script.py").write_text(SCRIPT.format(tests=str(tiny.ROOT / "tests"), rows=str(folder / "rows.jsonl")))
     def start(out, deadly: bool) -> int:
         out.mkdir(exist_ok=True)
-        env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-        env |= {"PYTHONPATH": str(tiny.ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(folder / "cache")}
-        words = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", folder / "script.py", llama, out, int(deadly)]
-        done = subprocess.run([sys.executable, "-m", *map(str, words)], env=env, capture_output=True, text=True, timeout=300)
+        done = in_two_processes(folder / "script.py", llama, out, int(deadly), HF_DATASETS_CACHE=str(folder / "cache"))
         assert deadly or done.returncode == 0, done.stderr[-4000:]
         return done.returncode
     return start
@@ -126,8 +129,5 @@ dist.destroy_process_group()
 
 def test_an_emulator_in_shards_is_trained_as_a_whole_one_is(make_stages, tmp_path):
     (tmp_path / "script.py").write_text(SHARDED.format(tests=str(tiny.ROOT / "tests")))
-    paths = [make_stages(kind).emulator for kind in ("llama", "llama, quantized")]
-    words = ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", tmp_path / "script.py", *paths]
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {"PYTHONPATH": str(tiny.ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, "-m", *map(str, words)], env=env, capture_output=True, text=True, timeout=300)
+    done = in_two_processes(tmp_path / "script.py", *(make_stages(kind).emulator for kind in ("llama", "llama, quantized")))
     assert done.returncode == 0, done.stderr[-4000:]
