@@ -1,4 +1,5 @@
 """The notebooks run from top to bottom, and notebooks, modules and README say the same."""
+import ast
 import filecmp
 import json
 import os
@@ -75,6 +76,30 @@ def test_lessons_show_a_picture(notebook):
     if notebook.stem in ("00_data", "00a_output", "40_memory", "69a_picture", "69b_pages", "69c_site", "70_cli"): pytest.skip("a table, text or SVG is the picture here")
     cells = nbformat.read(notebook, as_version=4).cells
     assert any("image/png" in o.get("data", {}) for cell in cells for o in cell.get("outputs", []))
+
+
+def bound(node: ast.AST) -> set:
+    "Names that a cell binds in the notebook's own scope, imports included."
+    names = set()
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, (ast.FunctionDef, ast.ClassDef)): names.add(child.name)
+        elif isinstance(child, (ast.Import, ast.ImportFrom)): names |= {a.asname or a.name for a in child.names}
+        elif isinstance(child, ast.Name) and isinstance(child.ctx, ast.Store): names.add(child.id)
+        elif not isinstance(child, (ast.Lambda, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)): names |= bound(child)
+    return names
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
+def test_no_cell_takes_the_name_of_an_exported_one(notebook):
+    "An exported function looks its names up when it is called: a picture's variable of the same name would break it, in the notebook only."
+    exported = set()
+    for cell in nbformat.read(notebook, as_version=4).cells:
+        if cell.cell_type != "code": continue
+        tree = ast.parse("".join(line for line in cell.source.splitlines(keepends=True) if not line.startswith(("%", "!"))))
+        if cell.source.startswith("#| export"): exported |= bound(tree)
+        else:
+            again = {name for node in tree.body if not isinstance(node, (ast.Import, ast.ImportFrom)) for name in bound(ast.Module([node], []))} & exported
+            assert not again, f"rename in this cell, for exported code uses them: {', '.join(sorted(again))}\n{cell.source}"
 
 
 def test_notebooks_run_from_top_to_bottom(sharing):
