@@ -15,24 +15,26 @@ from .arithmetic import PIECE, scratch
 from .data import EmlocError
 
 # %% auto #0
-__all__ = ['strips', 'add_symmetric', 'mirror', 'fast_products', 'Gram', 'eigh', 'Spectrum', 'krylov', 'leading', 'lost',
-           'power_of_two', 'factorise', 'decompose', 'truncate']
+__all__ = ['TILED', 'strips', 'add_symmetric', 'mirror', 'fast_products', 'Gram', 'eigh', 'Spectrum', 'krylov', 'leading',
+           'unit_columns', 'lost', 'power_of_two', 'factorise', 'decompose', 'truncate']
 
 # %% ../nbs/10_spectrum.ipynb #a8f4e49b
 def strips(
     n: int, # of rows and columns
+    least: int = 96, # rows of a strip
 ) -> list: # slices that cover them
     "A symmetric matrix is worked on strip by strip."
-    size = max(96, -(-n // 8))
+    size = max(least, -(-n // 8))
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
 def add_symmetric(
     total: torch.Tensor, # (n, n), changed
     a: torch.Tensor, # (m, n)
     b: torch.Tensor, # (m, n), such that aᵀb is symmetric
+    least: int = 96, # rows of a strip
 ):
     "total += aᵀb, but only in the blocks on and above the diagonal."
-    for s in strips(len(total)): total[s, s.start:].addmm_(a[:, s].T, b[:, s.start:])
+    for s in strips(len(total), least): total[s, s.start:].addmm_(a[:, s].T, b[:, s.start:])
 
 def mirror(
     total: torch.Tensor, # (n, n), changed
@@ -53,6 +55,8 @@ def fast_products(
     try: yield
     finally: torch.set_float32_matmul_precision(before)
 
+TILED = 384 if torch.cpu.get_capabilities().get("amx_bf16") else 96 # rows of a strip of such a product: where a CPU multiplies tiles, a few large ones are faster
+
 # %% ../nbs/10_spectrum.ipynb #fa876b22
 class Gram:
     "Σ xᵀx over the rows that were added; sums over batches and processes are just sums."
@@ -64,7 +68,7 @@ class Gram:
     ):
         self._sum = torch.zeros(in_features, in_features, dtype=dtype, device=device)
         self.count = 0 # rows added so far
-        self._root, self._mirrored = None, True
+        self._root, self._mirrored, self._loud, self._weight = None, True, [], None
 
     def add(
         self,
@@ -72,10 +76,11 @@ class Gram:
     ) -> "Gram":
         "Add rows."
         rows, G = x.detach().reshape(-1, x.shape[-1]), self._sum
-        with fast_products(x.dtype == torch.bfloat16):
+        exact = x.dtype == torch.bfloat16
+        with fast_products(exact):
             for part in rows.split(max(2048, PIECE // max(1, self.width))):
                 if part.dtype != G.dtype or part.device != G.device: part = scratch(part.shape, G.dtype, G.device, "rows").copy_(part)
-                add_symmetric(G, part, part)
+                add_symmetric(G, part, part, TILED if exact else 96)
         self.count, self._root, self._mirrored = self.count + len(rows), None, False
         return self
 
@@ -83,14 +88,20 @@ class Gram:
         self,
         x: torch.Tensor, # (rows, in), what went into a weight
         y: torch.Tensor, # (rows, out), what came out, without the bias
-        weight: torch.Tensor, # (out, in)
+        weight: torch.Tensor, # (out, in), the same each time
     ) -> "Gram":
         "Add the outputs; the loudest of 64 rows in float32 again, as what rounding takes from them can be more than the smallest directions have."
         if x.dtype in (torch.float32, torch.float64) or len(y) == 0: return self.add(y)
         loud = torch.linalg.vector_norm(y, dim=-1, dtype=torch.float32).topk(-(-len(y) // 64)).indices
-        self.add(y.index_fill(0, loud, 0)).add(x[loud].to(self._sum) @ weight.to(self._sum).T)
+        self.add(y.index_fill(0, loud, 0))
         self.count -= len(loud)
+        self._weight, self._loud = weight, [*self._loud, x[loud]]
+        if sum(map(len, self._loud)) >= 256: self._add_loud()
         return self
+
+    def _add_loud(self): # of many batches together: each time the whole weight is made float32
+        loud, self._loud = torch.cat(self._loud), []
+        self.add(loud.to(self._sum) @ self._weight.to(self._sum).T)
 
     @property
     def width(self) -> int: return len(self._sum)
@@ -98,12 +109,13 @@ class Gram:
     @property
     def matrix(self) -> torch.Tensor: # (in, in)
         "The sum."
+        if self._loud: self._add_loud()
         if not self._mirrored: mirror(self._sum)
         self._mirrored = True
         return self._sum
 
     @matrix.setter
-    def matrix(self, value): self._sum, self._root, self._mirrored = value, None, True
+    def matrix(self, value): self._sum, self._root, self._mirrored, self._loud = value, None, True, []
 
     def double(self) -> "Gram":
         "The same sum in float64."
@@ -171,11 +183,12 @@ class Spectrum:
 def krylov(
     matrix: torch.Tensor, # K, symmetric (n, n), no negative eigenvalues
     k: int, # directions to find
-    steps: int = 14, # products with K; each adds a block of k/4 columns
+    steps: int = 14, # products with K; each adds a block
+    blocks: int = 4, # of such blocks would make k columns
     tolerance: float = 5e-4, # what the last two blocks may have added, relative to the energy that is left
 ): # eigenvalues (k,) descending and eigenvectors (n, k), or None
     "The leading eigenvectors by block Krylov iteration; None when they were not found to this tolerance."
-    n, b = len(matrix), -(-k // 4)
+    n, b = len(matrix), -(-k // blocks)
     basis, image = matrix.new_empty(n, b * steps), matrix.new_empty(n, b * steps)
     z = matrix @ torch.randn(n, b, generator=torch.Generator().manual_seed(0), dtype=matrix.dtype).to(matrix.device)
     for start in range(0, b * steps, b):
@@ -185,7 +198,8 @@ def krylov(
         z = image[:, start:start + b]
     small = basis.T @ image
     values, vectors = torch.linalg.eigh((small + small.T) / 2)
-    before = torch.linalg.eigvalsh(small[:-2 * b, :-2 * b])[-k:].double().sum()
+    early = torch.linalg.qr(vectors[:-2 * b, -k:])[0] # the same directions without the last two blocks: these had found at least as much
+    before = ((small[:-2 * b, :-2 * b] @ early) * early).double().sum()
     kept, total = values[-k:].double().sum(), matrix.diagonal().double().sum()
     skew = (basis.T @ basis - torch.eye(b * steps).to(basis)).abs().amax()
     fine = (kept - before <= tolerance * (total - kept) + 1e-7 * total) & (skew < 1e-4)
@@ -199,10 +213,19 @@ def leading(
     "The first k eigenvectors, by `krylov` where that is faster than all of them."
     n = len(matrix)
     if k == 0: return torch.linalg.eigvalsh(matrix).flip(0), matrix[:, :0]
-    found = krylov(matrix, k) if n >= 1024 and 5 * k <= n else None
+    found = krylov(matrix, k) if n >= 1024 and 5 * k <= n else krylov(matrix, k, blocks=5) if n >= 512 and 8 * k <= n else None
     if found is not None: return found
     values, vectors = eigh(matrix)
     return values.flip(0), vectors[:, n - k:].flip(1)
+
+def unit_columns(
+    columns: torch.Tensor, # (m, k), orthogonal but for rounding, of any lengths; overwritten
+) -> torch.Tensor: # (m, k)
+    "An orthonormal basis of the same space: by products of large matrices instead of QR, unless the columns were hardly orthogonal."
+    columns /= torch.linalg.vector_norm(columns, dim=0).clamp_min(torch.finfo(columns.dtype).tiny)
+    root, failed = torch.linalg.cholesky_ex(columns.T @ columns)
+    near = (failed == 0) & (root.diagonal() > 0.9).all()
+    return torch.linalg.solve_triangular(root.T, columns, upper=True, left=False) if near else torch.linalg.qr(columns)[0]
 
 def lost(
     energy: torch.Tensor, # eigenvalues, descending
@@ -235,7 +258,7 @@ def factorise(
     scaled, small = weight.to(dtype, copy=True).div_(size * spread), matrix.new_zeros(n, n, dtype=dtype)
     if outputs: small.copy_(matrix).div_(spread).div_(spread)
     elif out <= in_:
-        for strip in strips(in_): add_symmetric(small, scaled[:, strip].T, (scaled @ matrix[:, strip].to(dtype)).T)
+        for strip in strips(in_, 1024): add_symmetric(small, scaled[:, strip].T, (scaled @ matrix[:, strip].to(dtype)).T)
     else:
         root = (gram if dtype == matrix.dtype else gram.double()).root().to(weight.device)
         rows, unit = (scaled, 1.0) if dtype == torch.float64 else (weight / size, spread * spread) # a product of bfloat16 numbers is fast
@@ -245,7 +268,7 @@ def factorise(
     except torch.linalg.LinAlgError as error:
         raise EmlocError(f"{name}: the eigendecomposition did not converge, not even in float64 ({error}); try other calibration rows") from error
     if lost(energy, min(k or n, max(1, n // 4))): return None
-    if out > in_: left = torch.linalg.qr(scaled @ (root @ left))[0]
+    if out > in_: left = unit_columns(scaled @ (root @ left))
     rest = float(small.diagonal().double().sum() - energy.double().sum()) if len(energy) < n else 0.
     return Spectrum(left, energy.clamp_min(0).sqrt() * size * spread, (left.T @ scaled).mul_(size * spread), max(0., rest) * (size * spread) ** 2)
 

@@ -131,16 +131,17 @@ def forks(
             name = args[-2]
             return function(weight, *args)
         return call
-    def tried(matrix, k):
-        found = krylov(matrix, k)
+    def tried(matrix, k, **sizes):
+        found = krylov(matrix, k, **sizes)
         if decide("krylov", name, lambda: found is None): return None
         return found or (matrix.new_empty(k), matrix.new_empty(len(matrix), k))
     def root(matrix):
         found, failed = cholesky(matrix)
         return found, decide("cholesky", name, lambda: bool(failed))
+    def by_qr(columns): return torch.linalg.qr(columns)[0] # takes as much
     def lossy(energy, k): return energy.dtype != torch.float64 and decide("float64", name, lambda: lost(energy, k))
     with mock.patch.multiple("emloc.emulator", decompose=named(decompose), decompose_fisher=named(decompose_fisher)), \
-         mock.patch.multiple("emloc.spectrum", krylov=tried, lost=lossy), mock.patch("torch.linalg.cholesky_ex", root): yield
+         mock.patch.multiple("emloc.spectrum", krylov=tried, unit_columns=by_qr, lost=lossy), mock.patch("torch.linalg.cholesky_ex", root): yield
 
 def first_waves(groups, turns): # what `waves` gives; of thousands of tiles the first has the most columns and outputs to carry on to
     yield [(0, 0)]

@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from emloc.data import EmlocError
-from emloc.spectrum import Gram, Spectrum, decompose, krylov, truncate
+from emloc.spectrum import Gram, Spectrum, decompose, krylov, truncate, unit_columns
 
 SHAPES = {"out < in": (6, 10), "square": (8, 8), "out > in": (12, 7)}
 
@@ -219,6 +219,27 @@ def test_a_wide_layer_without_enough_rows_falls_back():
     weight, x = torch.randn(1024, 1024), torch.randn(40, 1024)
     U, V = truncate(decompose(weight, Gram(1024).add(x), rank=64), 64)
     assert float((x @ (weight - U @ V).T).norm() / (x @ weight.T).norm()) < 1e-3
+
+
+@pytest.mark.parametrize("scale", [1., 1e-3, 0.], ids=["orthogonal", "nearly parallel", "zeros"])
+def test_unit_columns_are_an_orthonormal_basis_of_the_same_space(scale):
+    torch.manual_seed(0)
+    q = torch.linalg.qr(torch.randn(300, 40))[0]
+    columns = q * torch.logspace(0, -6, 40) if scale == 1 else q[:, :1] + scale * torch.randn(300, 40)
+    if scale == 0: columns[:, 1:] = 0
+    units = unit_columns(columns.clone())
+    assert (units.T @ units - torch.eye(40)).abs().max() < 1e-5
+    assert (columns - units @ (units.T @ columns)).norm() < 1e-5 * columns.norm()
+
+
+def test_loud_rows_wait_for_each_other_and_are_counted_once():
+    torch.manual_seed(0)
+    x, weight = torch.randn(5, 400, 64).bfloat16(), torch.randn(16, 64).bfloat16()
+    gram = Gram(16)
+    for rows in x: gram.add_outputs(rows, rows @ weight.T, weight)
+    y = (x.double() @ weight.double().T).reshape(-1, 16)
+    assert (gram.matrix.double() - y.T @ y).norm() < 2e-3 * (y.T @ y).norm()
+    assert gram.count == 2000
 
 
 def test_krylov_says_so_when_it_has_not_found_the_directions():
