@@ -1,7 +1,9 @@
 """What machine a result was measured on: written beside every table."""
 import importlib.metadata
+import json
 import os
 import platform
+from pathlib import Path
 
 import psutil
 import torch
@@ -25,4 +27,13 @@ def describe() -> dict:
 def line(machine: dict) -> str:
     "The same in one line."
     gpu = machine["gpu"] or "no GPU"
-    return f"{machine['processor']}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB, {gpu}; torch {machine['torch']}, transformers {machine['transformers']}, peft {machine['peft']}"
+    tiles = " with AMX" if "amx_bf16" in machine["bf16_instructions"] else ""
+    return f"{machine['processor']}{tiles}, {machine['cores']} cores, {machine['memory_bytes'] / 2**30:.0f} GiB, {gpu}; torch {machine['torch']}, transformers {machine['transformers']}, peft {machine['peft']}"
+
+
+def write(path: Path, report: dict):
+    "Write a report whose `table` is markdown; what other kinds of machines measured stays beside it."
+    kind = lambda r: (r["machine"]["processor"], r["machine"]["bf16_instructions"], r["machine"]["gpu"])
+    before = json.loads(path.read_text()) if path.exists() else {"others": []}
+    others = [r for r in [{k: v for k, v in before.items() if k not in ("others", "markdown")}, *before["others"]] if r and kind(r) != kind(report)]
+    path.write_text(json.dumps({**report, "others": others, "markdown": "\n\n".join(r["table"] for r in [report, *others])}, indent=1) + "\n")

@@ -7,7 +7,6 @@ machine hits all; the median is reported. Forward and backward as in training: b
 products, LoRA of rank 8 on all linears, logits of the last 16 positions. Writes bench/results/throughput.json.
 """
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -92,6 +91,6 @@ if __name__ == "__main__":
     lines = ["| model | rows x tokens | LoRA on the model, tokens/s | on the emulator, tokens/s | ratio | parameters of the blocks, ratio | attention's share on the emulator | on the quantized emulator, tokens/s | its ratio |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
     lines += [f"| {r['model']} | {r['rows']} x {r['tokens']} | {r['tokens_per_second']['model']:.0f} | {r['tokens_per_second']['emulator']:.0f} | {r['ratio']:.2f} | {r['parameters_ratio']:.2f} | {r['shares']['emulator']['attention']:.0%} | {r['tokens_per_second']['quantized']:.0f} | {r['ratio_quantized']:.2f} |" for r in found]
     about = machine.describe()
-    report = {"machine": about, "ratio": args.ratio, "threads": torch.get_num_threads(), "rows": found, "markdown": "\n".join([*lines, "", f"({machine.line(about)})"])}
-    if not args.quick: (HERE / "results" / "throughput.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(report["markdown"])
+    report = {"machine": about, "ratio": args.ratio, "threads": torch.get_num_threads(), "rows": found, "table": "\n".join([*lines, "", f"({machine.line(about)})"])}
+    if not args.quick: machine.write(HERE / "results" / "throughput.json", report)
+    print(report["table"])
