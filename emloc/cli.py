@@ -10,12 +10,14 @@ import logging
 import sys
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 import yaml
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .adapter import read_adapter
+from .allocation import build_allocated
 from .anchor import STORED, Anchors, compute_anchors
 from .compare import METHODS, Comparison, Setting
 from .correct import MODES, correct_adapter
@@ -51,6 +53,7 @@ def emulate(args) -> dict:
     "Stage 1: build the emulator of MODEL from rows of TASK."
     settle_form(args)
     if args.budget and args.ratio: raise EmlocError("give either a ratio or a budget, and not both")
+    if args.bits != "even" and (args.form != "quantized" or args.budget): raise EmlocError("bits by gradients are for quantized emulators of a given ratio; leave out --budget and --form lowrank, or --bits")
     if args.last_blocks and args.ranks == "spectrum": raise EmlocError("ranks by spectrum are chosen over all blocks; leave out --last-blocks, or --ranks")
     if args.budget and args.ranks == "spectrum": raise EmlocError("a budget gives every weight the same ratio; for ranks by spectrum give that ratio")
     fitted = fitting(args) if args.budget else None
@@ -64,7 +67,8 @@ def emulate(args) -> dict:
         spectra, shapes = collect_spectra(args.model, calibration, **walk)
         choice = {"ranks": by_spectrum(spectra, shapes, args.ratio)}
     else: choice = {"plan": fitted} if fitted and args.form == "lowrank" else {"ratio": args.ratio}
-    out = build_emulator(args.model, calibration, args.out, metric=args.metric, form=args.form, last=args.last_blocks, resume=not args.restart, **choice, **walk)
+    build = build_allocated if args.bits == "gradients" else partial(build_emulator, form=args.form)
+    out = build(args.model, calibration, args.out, metric=args.metric, last=args.last_blocks, resume=not args.restart, **choice, **walk)
     size = Checkpoint(out).nbytes
     return {"emulator": str(out), "emulator_bytes": size, "model_bytes": whole.nbytes, "share": size / whole.nbytes}
 
@@ -281,6 +285,7 @@ def parser() -> Parser:
     c.add_argument("--train-batch", type=int, default=8, help="rows of a training step, for --budget")
     c.add_argument("--ranks", choices=["uniform", "spectrum"], default="uniform", help="one ratio for all weights, or as the spectra ask")
     c.add_argument("--form", choices=FORMS, help="whole weights in few bits (quantized: nearest to the model), or low-rank factors of as many bytes (lowrank: fastest to train); by default quantized, and lowrank where --ranks spectrum is given")
+    c.add_argument("--bits", choices=["even", "gradients"], default="even", help="of a quantized emulator: the same for all weights, or more for those that turn the gradients most (stage 1 takes twice as long; for small ratios)")
     c.add_argument("--last-blocks", type=int, help="only so many blocks, from the end, which then have the bytes of all: finer, but only these learn; training needs anchors")
     c.add_argument("--metric", choices=METRICS, help="what is kept: the outputs on the calibration rows (activation), or the loss and its gradients (fisher, one walk more, backwards); by default the loss for low-rank factors, the outputs for quantized weights")
     c.add_argument("--rows", type=int, default=256, help="calibration rows")

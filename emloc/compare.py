@@ -9,12 +9,14 @@ import json
 import statistics
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
+from .allocation import build_allocated
 from .anchor import compute_anchors
 from .correct import correct_adapter
 from .data import EmlocError, Task
@@ -48,10 +50,11 @@ class Method:
     ratio: float | None = None # of the emulator; None: the setting's
     stored: str = "bfloat16" # how anchors are stored
     renew: int = 0 # the emulator is made anew too, before every so many rounds; 0: never
+    bits: str = "even" # of a quantized emulator; gradients: as `build_allocated` gives them
     last: float = 1.0 # share of the blocks, from the end, that the emulator has, or that the LoRA on the model is on
 
     def kind(self) -> str: # of the emulator, in the names of folders
-        return ({"activation": "quantized"}.get(self.metric, f"quantized-{self.metric}") if self.form == "quantized" else self.metric or "model") + (f"-{self.ratio:g}" if self.ratio else "") + (f"-last-{self.last:g}" if self.last < 1 else "")
+        return ({"activation": "quantized"}.get(self.metric, f"quantized-{self.metric}") if self.form == "quantized" else self.metric or "model") + (f"-{self.ratio:g}" if self.ratio else "") + (f"-{self.bits}" if self.bits != "even" else "") + (f"-last-{self.last:g}" if self.last < 1 else "")
 
     def spacing(self) -> str: # of the anchors, in the names of folders
         return f"{self.every}" + (f"-{self.stored}" if self.stored != "bfloat16" else "") + (f"-renewed-{self.renew}" if self.renew else "")
@@ -65,6 +68,8 @@ METHODS = [Method("LoRA on the model"), Method("EMLoC", "activation"), Method("E
            Method("quantized to 0.1, rounds, 10 exact steps", "activation", 1, 25, polish=10, gently=0.2, form="quantized", ratio=0.1),
            Method("quantized to 0.1 in the Fisher metric, anchors in rounds", "fisher", 1, 25, form="quantized", ratio=0.1),
            Method("quantized to 0.1 in the Fisher metric, rounds with new emulators", "fisher", 1, 25, form="quantized", ratio=0.1, renew=1),
+           Method("quantized to 0.1 in the Fisher metric, bits by gradients, anchors in rounds", "fisher", 1, 25, form="quantized", ratio=0.1, bits="gradients"),
+           Method("quantized to 0.1 in the Fisher metric, bits by gradients, rounds with new emulators", "fisher", 1, 25, form="quantized", ratio=0.1, bits="gradients", renew=1),
            Method("quantized to 0.1, the last 40% of the blocks, anchors in rounds", "activation", 1, 25, form="quantized", ratio=0.1, last=0.4),
            Method("quantized to 0.1, the last 40% of the blocks, rounds, 10 exact steps", "activation", 1, 25, polish=10, gently=0.2, form="quantized", ratio=0.1, last=0.4)]
 
@@ -117,8 +122,8 @@ class Comparison:
         return count, list(of_last(linear_shapes(whole), None, block_names(whole), count)[0])
 
     def emulator(self, method: Method) -> Path:
-        s = self.setting
-        return self.made(f"emulator-{method.kind()}", lambda path: build_emulator(s.model, self.task.calibration(s.calibration), path, ratio=method.ratio or s.ratio, metric=method.metric, form=method.form, last=self.last(method)[0]))
+        s, build = self.setting, build_allocated if method.bits == "gradients" else partial(build_emulator, form=method.form)
+        return self.made(f"emulator-{method.kind()}", lambda path: build(s.model, self.task.calibration(s.calibration), path, ratio=method.ratio or s.ratio, metric=method.metric, last=self.last(method)[0]))
 
     def anchors(self, method: Method):
         if not method.every: return None

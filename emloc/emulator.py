@@ -205,9 +205,16 @@ def choose_bits(
     shapes: dict, # {name: (out, in)}, the linears of the blocks
     ratio: float | None, # of the linears' bytes
     dtype: torch.dtype, # of the model
+    bits: dict | None = None, # or the bits themselves
 ) -> dict: # {name: bits for each entry}
-    "The same share of bytes for every linear, at most eight bits. Raises `EmlocError` for a share that is too small."
-    if ratio is None: raise EmlocError("a quantized emulator needs a ratio: the share of the linears' bytes to keep, 0.25 for example")
+    "The same share of bytes for every linear, at most eight bits, or what was asked for. Raises `EmlocError` for a share that is too small, for none and both, and for bits of other linears."
+    if (ratio is None) == (bits is None): raise EmlocError("a quantized emulator needs a ratio, the share of the linears' bytes to keep, 0.25 for example, or the bits of each linear, and not both")
+    if bits is not None:
+        if set(bits) != set(shapes): raise EmlocError(f"bits for {len(bits)} linears, but the emulator has {len(shapes)}; the first that only one of them knows is {sorted(set(bits) ^ set(shapes))[0]}")
+        for name, shape in shapes.items():
+            try: layout(shape, bits[name])
+            except EmlocError as error: raise EmlocError(f"{name}: {error}") from error
+        return dict(bits)
     if check_ratio(ratio) == 1: return {}
     bits = {name: min(8 * dtype.itemsize * ratio, 8 + overhead(shape)) for name, shape in shapes.items()}
     for name, shape in shapes.items(): layout(shape, bits[name])
@@ -277,6 +284,7 @@ def build_emulator(
     *,
     ratio: float | None = None, # share of the linears' parameters to keep, the same for each
     ranks: dict | None = None, # or a rank for each linear by name; linears not named stay dense
+    bits: dict | None = None, # or, for the form quantized, bits for each entry of each linear by name, scales and order of the columns included
     plan=None, # or anything with an attribute `ranks`
     metric: str = "activation", # what the factors keep: the outputs (activation) or the loss (fisher)
     form: str = "lowrank", # of the emulated linears: factors (lowrank), or the whole weight in few bits (quantized), at the same ratio of bytes
@@ -288,13 +296,14 @@ def build_emulator(
     "Stage 1: one pass over the model, block by block, or for the Fisher metric one forward and one back. Raises `EmlocError` for what it cannot do, and then leaves nothing behind."
     if metric not in METRICS: raise EmlocError(f"metric {metric!r}: must be one of {', '.join(METRICS)}")
     if form not in FORMS: raise EmlocError(f"form {form!r}: must be one of {', '.join(FORMS)}")
+    if form != "quantized" and bits: raise EmlocError("low-rank factors have no bits; leave them out, or ask for the form 'quantized'")
     if form == "quantized" and (ranks or plan): raise EmlocError("a quantized emulator has no ranks; leave out ranks and plan, or ask for the form 'lowrank'")
     check_out(out)
     path, team = find_model(model), processes()
     walk = Walk(path, calibration, share=(team.process_index, team.num_processes), **walk_options)
     shapes, ratio_there = of_last(linear_shapes(walk.model), ratio, walk.names, last)
     first = len(walk) - (last or len(walk)) # block that is there
-    bits = choose_bits(shapes, ratio_there, walk.checkpoint.dtype) if form == "quantized" else {}
+    bits = choose_bits(shapes, ratio_there, walk.checkpoint.dtype, bits) if form == "quantized" else {}
     ranks = {} if form == "quantized" else choose_ranks(shapes, ratio_there, plan.ranks if plan is not None else ranks)
     check_calibration(walk, ranks)
     fingerprint = walk.checkpoint.fingerprint()

@@ -49,7 +49,7 @@ def same_choice(
     "What makes another emulator of the same shapes and the same metric."
     config = emulator_config(emulator)
     last = len(block_names(skeleton(Checkpoint(emulator)))) - len(config.bypassed) if config.bypassed else None
-    size = {"form": "quantized", "ratio": config.ratio} if config.bits else {"ranks": config.ranks}
+    size = {"form": "quantized", "bits": config.bits} if config.bits else {"ranks": config.ranks}
     return size | {"metric": config.metric, "last": last}
 
 def take_over(

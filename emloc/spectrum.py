@@ -140,7 +140,7 @@ class Gram:
 
 # %% ../nbs/10_spectrum.ipynb #e59363f2
 def eigh(
-    matrix: torch.Tensor, # symmetric (n, n)
+    matrix: torch.Tensor, # symmetric (n, n); what is above the diagonal is not read
 ) -> tuple: # eigenvalues (n,) ascending, eigenvectors (n, n) in columns
     "Symmetric eigendecomposition; if the first try fails, once more in float64 on the CPU."
     if not torch.isfinite(matrix).all():
@@ -183,12 +183,11 @@ class Spectrum:
 def krylov(
     matrix: torch.Tensor, # K, symmetric (n, n), no negative eigenvalues
     k: int, # directions to find
-    steps: int = 14, # products with K; each adds a block
-    blocks: int = 4, # of such blocks would make k columns
+    steps: int = 14, # products with K; each adds a block of k/4 columns
     tolerance: float = 5e-4, # what the last two blocks may have added, relative to the energy that is left
 ): # eigenvalues (k,) descending and eigenvectors (n, k), or None
     "The leading eigenvectors by block Krylov iteration; None when they were not found to this tolerance."
-    n, b = len(matrix), -(-k // blocks)
+    n, b = len(matrix), -(-k // 4)
     basis, image = matrix.new_empty(n, b * steps), matrix.new_empty(n, b * steps)
     z = matrix @ torch.randn(n, b, generator=torch.Generator().manual_seed(0), dtype=matrix.dtype).to(matrix.device)
     for start in range(0, b * steps, b):
@@ -207,15 +206,15 @@ def krylov(
 
 # %% ../nbs/10_spectrum.ipynb #db5286e1
 def leading(
-    matrix: torch.Tensor, # symmetric (n, n)
+    matrix: torch.Tensor, # symmetric (n, n); what is below the diagonal is not read, and may be changed
     k: int, # eigenvectors wanted; 0 for the values alone
 ) -> tuple: # eigenvalues descending, (k,) or all (n,), and eigenvectors (n, k)
     "The first k eigenvectors, by `krylov` where that is faster than all of them."
     n = len(matrix)
-    if k == 0: return torch.linalg.eigvalsh(matrix).flip(0), matrix[:, :0]
-    found = krylov(matrix, k) if n >= 1024 and 5 * k <= n else krylov(matrix, k, blocks=5) if n >= 512 and 8 * k <= n else None
+    if k == 0: return torch.linalg.eigvalsh(matrix, UPLO="U").flip(0), matrix[:, :0]
+    found = krylov(mirror(matrix), k) if n >= 1024 and 5 * k <= n else None
     if found is not None: return found
-    values, vectors = eigh(matrix)
+    values, vectors = eigh(matrix.T)
     return values.flip(0), vectors[:, n - k:].flip(1)
 
 def unit_columns(
@@ -264,7 +263,7 @@ def factorise(
         rows, unit = (scaled, 1.0) if dtype == torch.float64 else (weight / size, spread * spread) # a product of bfloat16 numbers is fast
         add_symmetric(small, root, Gram(in_, dtype, weight.device).add(rows).matrix @ root)
         small /= unit
-    try: energy, left = leading(mirror(small), k)
+    try: energy, left = leading(small, k)
     except torch.linalg.LinAlgError as error:
         raise EmlocError(f"{name}: the eigendecomposition did not converge, not even in float64 ({error}); try other calibration rows") from error
     if lost(energy, min(k or n, max(1, n // 4))): return None

@@ -131,8 +131,8 @@ def forks(
             name = args[-2]
             return function(weight, *args)
         return call
-    def tried(matrix, k, **sizes):
-        found = krylov(matrix, k, **sizes)
+    def tried(matrix, k):
+        found = krylov(matrix, k)
         if decide("krylov", name, lambda: found is None): return None
         return found or (matrix.new_empty(k), matrix.new_empty(len(matrix), k))
     def root(matrix):

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from emloc.cli import main
+from emloc.lowrank import emulator_config
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +64,7 @@ BAD = {
     "unknown model": ["emulate", "no/such/place/model", "ROWS"],
     "ratio above one": ["emulate", "MODEL", "ROWS", "--ratio", "1.5"],
     "ratio zero": ["emulate", "MODEL", "ROWS", "--ratio", "0"],
+    "bits by gradients of factors": ["emulate", "MODEL", "ROWS", "--form", "lowrank", "--bits", "gradients"],
     "no such rows": ["emulate", "MODEL", "nowhere.jsonl"],
     "missing columns": ["emulate", "MODEL", "WRONG"],
     "no rows": ["emulate", "MODEL", "EMPTY"],
@@ -108,6 +110,11 @@ def test_an_output_that_exists_is_not_overwritten(stages, rows, llama, capsys):
 def test_the_module_is_a_program():
     done = subprocess.run([sys.executable, "-m", "emloc.cli", "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "finetune" in done.stdout
+
+
+def test_bits_go_where_the_gradients_need_them(rows, llama, tmp_path):
+    assert main(["emulate", str(llama), str(rows), "--ratio", "0.12", "--rows", "20", "--bits", "gradients", "--out", str(tmp_path / "emulator")]) == 0
+    assert len(set(emulator_config(tmp_path / "emulator").bits.values())) > 1 and {p.name for p in tmp_path.iterdir()} == {"emulator"}
 
 
 def test_new_emulators_are_for_rounds(stages, rows, tmp_path, capsys):
