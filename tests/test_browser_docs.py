@@ -65,7 +65,7 @@ def test_search_finds_a_term_and_goes_there(page, address, size):
 
 def test_reference(page, address):
     page.goto(address + "api/index.html")
-    page.get_by_role("link", name="build_emulator", exact=True).click()
+    page.locator("#emulator").get_by_role("link", name="build_emulator", exact=True).click()
     page.wait_for_url("**/api/emulator.html#build_emulator")
     section = page.locator("section#build_emulator, section:has(> #build_emulator)").first
     assert "calibration" in section.inner_text() and "ratio" in section.inner_text()
