@@ -168,7 +168,7 @@ def build_allocated(
     if not file.is_file() and team.is_main_process:
         whole, bits = skeleton(Checkpoint(find_model(model))), emulator_config(even).bits
         shapes = of_last(linear_shapes(whole), None, block_names(whole), last)[0]
-        errors = gradient_errors(even, model, calibration.select(range(min(ROWS, len(calibration)))), **walk_options)
+        errors = gradient_errors(even, model, calibration.select(range(min(ROWS, len(calibration)))), **walk_options | {"batch_size": ROWS // 4}) # the graph of a block stays for all its linears
         write_json(file, allocate_bits(shapes, errors, next(iter(bits.values()))) if bits else {})
     team.wait_for_everyone()
     build_emulator(model, calibration, out, bits=json.loads(file.read_text()), resume=resume, **options)
