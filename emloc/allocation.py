@@ -13,13 +13,12 @@ from pathlib import Path
 import torch
 
 from .arithmetic import short_attention
-from .backward import loss_gradient
+from .backward import inputs_kept, loss_gradient
 from .emulator import build_emulator, dense_weight
 from .lowrank import emulator_config, emulator_weight
-from .model import Checkpoint, block_names, find_model, give_back, linear_shapes, skeleton
-from .output import check_out, processes, write_json
+from .model import Checkpoint, find_model, give_back, linear_shapes, skeleton
+from .output import check_out, finish_directory, processes, write_json
 from .packed import PER_BYTE, bits_of, gaussian_levels, overhead
-from .rank import check_ratio, of_last
 from .walk import Step, Walk
 
 # %% auto #0
@@ -92,12 +91,9 @@ def gradient_errors(
     **walk_options, # for Walk: batch_size (rows), max_length (tokens), device
 ) -> dict: # {module: e_w}, of the emulated linears; 1 would be a gradient that is all wrong
     "For how much of the error of the gradients each emulated weight is to blame. Raises `EmlocError` for rows without a completion."
-    walk, small = Walk(find_model(model), rows, **walk_options), Checkpoint(emulator)
-    names, inputs, found = {*emulator_config(emulator).bits, *emulator_config(emulator).ranks}, [], {}
-    first = next(i for i, block in enumerate(walk.names) if any(n.startswith(f"{block}.") for n in names))
-    for step in walk:
-        if step.index >= first: inputs.append(list(walk.hidden[0]))
-        step.run()
+    walk, small, config, found = Walk(find_model(model), rows, **walk_options), Checkpoint(emulator), emulator_config(emulator), {}
+    names = config.bits | config.ranks
+    first, inputs = inputs_kept(walk, names)
     gradients = loss_gradient(walk)[1]
     for index in reversed(range(first, len(walk))):
         with walk.block(index) as step:
@@ -158,18 +154,22 @@ def build_allocated(
     **walk_options, # for Walk: batch_size (rows), max_length (tokens), device
 ) -> Path: # the emulator directory
     "A quantized emulator of as many bytes as ratio says, each weight with the bits that the gradients ask for. Raises `EmlocError` as `build_emulator` does."
-    if check_ratio(ratio) == 1: return build_emulator(model, calibration, out, ratio=ratio, form="quantized", metric=metric, last=last, resume=resume, **walk_options)
     out, team = check_out(out), processes()
     even, options = out.with_name(f"{out.name}.even"), {"form": "quantized", "metric": metric, "last": last, **walk_options}
     if not resume and team.is_main_process: shutil.rmtree(even, ignore_errors=True)
     team.wait_for_everyone()
     if not even.is_dir(): build_emulator(model, calibration, even, ratio=ratio, resume=resume, **options)
-    file = even / "allocation.json"
+    file, bits = even / "allocation.json", emulator_config(even).bits
+    if not bits: # all of the bytes: every weight stays as it is
+        team.wait_for_everyone() # all have read it
+        if team.is_main_process: finish_directory(even, out)
+        team.wait_for_everyone()
+        return out
     if not file.is_file() and team.is_main_process:
-        whole, bits = skeleton(Checkpoint(find_model(model))), emulator_config(even).bits
-        shapes = of_last(linear_shapes(whole), None, block_names(whole), last)[0]
+        known = linear_shapes(skeleton(Checkpoint(find_model(model))))
+        shapes = {n: known[n] for n in bits}
         errors = gradient_errors(even, model, calibration.select(range(min(ROWS, len(calibration)))), **walk_options | {"batch_size": ROWS // 4}) # the graph of a block stays for all its linears
-        write_json(file, allocate_bits(shapes, errors, next(iter(bits.values()))) if bits else {})
+        write_json(file, allocate_bits(shapes, errors, next(iter(bits.values()))))
     team.wait_for_everyone()
     build_emulator(model, calibration, out, bits=json.loads(file.read_text()), resume=resume, **options)
     if team.is_main_process: shutil.rmtree(even)

@@ -5,6 +5,8 @@
 # %% ../nbs/02a_backward.ipynb #52f554d0
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 
 from .arithmetic import short_attention
@@ -13,7 +15,7 @@ from .model import give_back
 from .walk import Step, Walk, completion_losses, keep_last
 
 # %% auto #0
-__all__ = ['loss_gradient', 'back_through']
+__all__ = ['loss_gradient', 'inputs_kept', 'back_through']
 
 # %% ../nbs/02a_backward.ipynb #5542bcda
 def loss_gradient(
@@ -38,6 +40,18 @@ def loss_gradient(
     return total, gradients
 
 # %% ../nbs/02a_backward.ipynb #9c832e09
+def inputs_kept(
+    walk: Walk, # before it has begun
+    names, # of modules; no gradient is needed before the first block with one of them
+    around=lambda step: nullcontext(), # function (step) -> what a block runs in
+) -> tuple: # (that block's index, what went into it and each after it: [[hidden states of a batch]])
+    "All blocks forward, for a way back through the last of them."
+    first, inputs = next(i for i, block in enumerate(walk.names) if any(n.startswith(f"{block}.") for n in names)), []
+    for step in walk:
+        if step.index >= first: inputs.append(list(walk.hidden[0]))
+        with around(step): step.run()
+    return first, inputs
+
 def back_through(
     step: Step, # a block in memory
     inputs: list, # hidden states that went into it, one for each batch; None before the first block

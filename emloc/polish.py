@@ -12,7 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .adapter import Adapter, check_shapes, read_adapter, with_lora, write_adapter
-from .backward import back_through, loss_gradient
+from .backward import back_through, inputs_kept, loss_gradient
 from .data import EmlocError, encode_rows, load_tokenizer, rows_hash
 from .merge import check_mergeable
 from .model import Checkpoint, find_model, linear_shapes
@@ -30,10 +30,7 @@ def lora_gradient(
     pairs: dict, # {module: (A, B, s)}, A and B leaf tensors; their .grad is added to
 ) -> float: # the loss, nats per token of the completions
     "The exact gradient of the mean loss, by one walk forward and one backward."
-    inputs, first = [], next(i for i, name in enumerate(walk.names) if any(n.startswith(f"{name}.") for n in pairs)) # no gradient is needed before that
-    for step in walk:
-        if step.index >= first: inputs.append(list(walk.hidden[0]))
-        with with_lora(step, pairs): step.run()
+    first, inputs = inputs_kept(walk, pairs, lambda step: with_lora(step, pairs))
     total, gradients = loss_gradient(walk)
     for index in reversed(range(first, len(walk))):
         with walk.block(index) as step, with_lora(step, pairs): back_through(step, inputs.pop(), gradients)

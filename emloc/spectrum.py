@@ -15,13 +15,15 @@ from .arithmetic import PIECE, scratch
 from .data import EmlocError
 
 # %% auto #0
-__all__ = ['TILED', 'strips', 'add_symmetric', 'mirror', 'fast_products', 'Gram', 'eigh', 'Spectrum', 'krylov', 'leading',
-           'unit_columns', 'lost', 'power_of_two', 'factorise', 'decompose', 'truncate']
+__all__ = ['NARROW', 'TILED', 'strips', 'add_symmetric', 'mirror', 'fast_products', 'Gram', 'eigh', 'Spectrum', 'krylov',
+           'leading', 'unit_columns', 'lost', 'power_of_two', 'factorise', 'decompose', 'truncate']
 
 # %% ../nbs/10_spectrum.ipynb #a8f4e49b
+NARROW = 96 # rows of a strip
+
 def strips(
     n: int, # of rows and columns
-    least: int = 96, # rows of a strip
+    least: int = NARROW, # rows of a strip
 ) -> list: # slices that cover them
     "A symmetric matrix is worked on strip by strip."
     size = max(least, -(-n // 8))
@@ -31,7 +33,7 @@ def add_symmetric(
     total: torch.Tensor, # (n, n), changed
     a: torch.Tensor, # (m, n)
     b: torch.Tensor, # (m, n), such that aᵀb is symmetric
-    least: int = 96, # rows of a strip
+    least: int = NARROW, # rows of a strip
 ):
     "total += aᵀb, but only in the blocks on and above the diagonal."
     for s in strips(len(total), least): total[s, s.start:].addmm_(a[:, s].T, b[:, s.start:])
@@ -55,7 +57,7 @@ def fast_products(
     try: yield
     finally: torch.set_float32_matmul_precision(before)
 
-TILED = 384 if torch.cpu.get_capabilities().get("amx_bf16") else 96 # rows of a strip of such a product: where a CPU multiplies tiles, a few large ones are faster
+TILED = 384 if torch.cpu.get_capabilities().get("amx_bf16") else NARROW # rows of a strip of such a product: where a CPU multiplies tiles, a few large ones are faster
 
 # %% ../nbs/10_spectrum.ipynb #fa876b22
 class Gram:
@@ -80,7 +82,7 @@ class Gram:
         with fast_products(exact):
             for part in rows.split(max(2048, PIECE // max(1, self.width))):
                 if part.dtype != G.dtype or part.device != G.device: part = scratch(part.shape, G.dtype, G.device, "rows").copy_(part)
-                add_symmetric(G, part, part, TILED if exact else 96)
+                add_symmetric(G, part, part, TILED if exact else NARROW)
         self.count, self._root, self._mirrored = self.count + len(rows), None, False
         return self
 
@@ -100,8 +102,8 @@ class Gram:
         return self
 
     def _add_loud(self): # of many batches together: each time the whole weight is made float32
-        loud, self._loud = torch.cat(self._loud), []
-        self.add(loud.to(self._sum) @ self._weight.to(self._sum).T)
+        loud, weight, self._loud, self._weight = torch.cat(self._loud), self._weight, [], None
+        self.add(loud.to(self._sum) @ weight.to(self._sum).T)
 
     @property
     def width(self) -> int: return len(self._sum)

@@ -145,3 +145,9 @@ def test_the_last_blocks_alone(llama, task, tmp_path):
 def test_bits_that_cannot_be_are_refused(options, words, llama, task, tmp_path):
     with pytest.raises(EmlocError, match=words): build_emulator(llama, task.calibration(), tmp_path / "out", **{"form": "quantized"} | options)
     assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("options", [{"ratio": 1.0}, {"ratio": 2 / 3, "last": 2}], ids=["of the model", "of the last blocks"])
+def test_all_of_the_bytes_leave_nothing_to_allocate(options, llama, task, tmp_path):
+    out = build_allocated(llama, task.calibration(), tmp_path / "out", **options)
+    assert emulator_config(out).bits == {} and {p.name for p in tmp_path.iterdir()} == {"out"}
