@@ -2,21 +2,35 @@
 
     python bench/recovered.py [--tasks bbc wordnet inflect python] [--seeds 0 1 2] [--steps 150] [--out runs/recovered]
 
-Writes bench/results/recovered.json and nbs/images/recovered.png from all tasks under --out that have at least one seed. What was trained or scored already is not done again.
+Writes bench/results/recovered.json and nbs/images/recovered.png from all tasks that have at least one seed. What was trained under --out is not trained again; what was scored is not scored again,
+also where only recovered.json knows of it.
 """
 import argparse
 import json
 import statistics
+from dataclasses import replace
 from pathlib import Path
 
 import machine
 from emloc.compare import METHODS, Comparison, Setting, comparison_table, in_order, share_figure
 from emloc.data import load_task
+from emloc.output import write_json
 
 HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "recovered.json"
+RATES = [1e-3, 2e-3, 4e-3, 8e-3]
 TITLES = {"bbc": "BBC News: one of 5 sections", "wordnet": "WordNet glosses: one of 15 kinds", "inflect": "lemminflect: inflected forms, exact match",
           "python": "documentation of Python: language modelling, all tokens"}
 SHORT = {"bbc": "BBC News", "wordnet": "glosses", "inflect": "inflection", "python": "Python"}
+
+
+def opened(name: str, out: Path, setting: Setting) -> Comparison:
+    "The comparison of a task, with the scores that recovered.json has of it where --out has none."
+    task, known = load_task(name), json.loads(RESULTS.read_text())["tasks"].get(name) if RESULTS.is_file() else None
+    if known and not (out / name).exists():
+        (out / name).mkdir(parents=True)
+        write_json(out / name / "compare.json", {"task": task.name, "setting": known["setting"], "scores": known["scores"], "rows": []})
+    return Comparison(task, out / name, setting)
 
 
 def shares(found: dict, name: str, key: str) -> dict:
@@ -43,7 +57,14 @@ def summary(found: dict, about: dict) -> str:
             return f"{statistics.mean(runs):.3f}" + (f" ({len(runs)} seed{'s' if len(runs) > 1 else ''})" if len(runs) < 3 else "") if runs else "–"
         lines.append(f"| {name} | " + " | ".join(map(of_task, judged)) + f" | {cell(own['accuracy_share'])} | {cell(own['nll_share'])} |")
     s = next(iter(found.values()))["setting"]
-    return "\n".join([f"SmolLM2-135M-Instruct, emulators of ratio {s['ratio']:g} where nothing else is said, {s['steps']} steps of {s['batch_size']} rows, {s['rows']} test rows; recovered of the accuracy, the mean over three seeds where nothing else is said:", "", *lines, "", f"(Made on several machines of this size, the last of them: {machine.line(about)}.)"])
+    return "\n".join([f"SmolLM2-135M-Instruct, emulators of ratio {s['ratio']:g} where nothing else is said, {s['steps']} steps of {s['batch_size']} rows, {s['rows']} test rows; recovered of the accuracy, the mean over three seeds where nothing else is said. {chosen(found)}", "", *lines, "", f"(Made on several machines of this size, the last of them: {machine.line(about)}.)"])
+
+
+def chosen(found: dict) -> str:
+    "For which tasks the learning rates were chosen."
+    own = [SHORT.get(task, task) for task, result in found.items() if any(row["name"] == METHODS[0].name and row["tried"] > 1 for row in result["rows"])]
+    first = next(iter(found.values()))["setting"]["rates"][0]
+    return "Learning rates: " + (f"chosen on validation rows for {', '.join(own)} (where its table says no other), {first:g} for the rest." if own else f"{first:g} for all.")
 
 
 def details(found: dict) -> str:
@@ -52,8 +73,9 @@ def details(found: dict) -> str:
     for task, result in found.items():
         s = result["setting"]
         rates = sorted({row["rate"] for row in result["rows"]})
+        picked = any(row["tried"] > 1 for row in result["rows"])
         lines += [f"**{TITLES.get(task, task)}** ({s['steps']} steps of {s['batch_size']} rows, {s['rows']} test rows, seeds {', '.join(str(seed) for seed in sorted({row['seed'] for row in result['rows']}))}, "
-                  f"learning rate {', '.join(f'{r:g}' for r in rates)}{' chosen on validation rows' if len(s['rates']) > 1 else ''}), mean (range) over the seeds:", "", result["markdown"], ""]
+                  f"learning rate {', '.join(f'{r:g}' for r in rates)}{' chosen on validation rows' if picked else ''}), mean (range) over the seeds:", "", result["markdown"], ""]
     return "\n".join(lines).rstrip()
 
 
@@ -63,23 +85,22 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--rows", type=int, default=300, help="test rows")
-    parser.add_argument("--lr", type=float, nargs="+", default=[1e-3], help="learning rates to choose among on validation rows")
+    parser.add_argument("--lr", type=float, nargs="+", default=RATES, help="learning rates to choose among on validation rows")
     parser.add_argument("--methods", nargs="+", default=[m.name for m in METHODS], help="names of METHODS; the reference is always there")
     parser.add_argument("--out", type=Path, default=Path("runs/recovered"))
     args = parser.parse_args()
-    for name in args.tasks:
-        Comparison(load_task(name), args.out / name, Setting(steps=args.steps, rows=args.rows, seeds=tuple(args.seeds), rates=tuple(args.lr))).run([m for m in METHODS if m.name in args.methods])
+    setting = Setting(steps=args.steps, rows=args.rows, seeds=tuple(args.seeds), rates=tuple(args.lr))
+    for name in args.tasks: opened(name, args.out, setting).run([m for m in METHODS if m.name in args.methods])
     about = machine.describe()
     found = {}
     for name in TITLES:
-        known = args.out / name / "compare.json"
-        if not known.is_file(): continue
-        comparison = Comparison(load_task(name), args.out / name, Setting(**json.loads(known.read_text())["setting"]))
+        comparison = opened(name, args.out, replace(setting, seeds=(0, 1, 2), rates=tuple(RATES)))
+        if not comparison.file.is_file(): continue
         comparison.begin()
         rows = comparison.rows(METHODS)
-        if rows: found[name] = {"setting": comparison.known["setting"], "rows": rows, "markdown": comparison_table(rows, comparison.score(None))}
+        if rows: found[name] = {"setting": comparison.known["setting"], "scores": comparison.known["scores"], "rows": rows, "markdown": comparison_table(rows, comparison.score(None))}
     brief = summary(found, about)
     markdown = f"{brief}\n\n{details(found)}"
-    (HERE / "results" / "recovered.json").write_text(json.dumps({"machine": about, "tasks": found, "summary": brief, "markdown": markdown}, indent=1) + "\n")
+    RESULTS.write_text(json.dumps({"machine": about, "tasks": found, "summary": brief, "markdown": markdown}, indent=1) + "\n")
     share_figure(found).savefig(HERE.parent / "nbs" / "images" / "recovered.png", dpi=110)
     print(markdown)

@@ -105,8 +105,10 @@ class Comparison:
         "Raises `EmlocError` when the directory holds another comparison."
         if self.file.is_file():
             found = json.loads(self.file.read_text())
-            check_same(self.out, found["setting"] | {"task": found["task"]}, self.known["setting"] | {"task": self.task.name})
-            self.known = found
+            own = self.known["setting"]
+            added = {k: own[k] for k in ("seeds", "rates")} # there can be more of them later
+            check_same(self.out, found["setting"] | added | {"task": found["task"]}, own | {"task": self.task.name})
+            self.known = found | {"setting": own}
         elif self.out.is_dir() and any(self.out.iterdir()): raise EmlocError(f"{self.out}: it exists and is no comparison; choose a new directory")
         self.out.mkdir(parents=True, exist_ok=True)
 
@@ -166,23 +168,26 @@ class Comparison:
         shares = {k: [share(score[k], untouched[k], best[k]) for score, best in found] for k in ("accuracy", "nll")}
         return {"seeds": len(found)} | {k: None if None in v else statistics.mean(v) for k, v in shares.items()} if found else None
 
-    def rate(self, method: Method) -> float | None: # None while some are not scored
-        "The learning rate with the lowest NLL on the validation rows, for the first seed."
-        if len(self.setting.rates) == 1: return self.setting.rates[0]
+    def validated(self, method: Method) -> dict: # {learning rate: NLL}
+        "What is known of the learning rates on the validation rows, for the first seed."
         found = {rate: self.found(method, self.setting.seeds[0], rate, True) for rate in self.setting.rates}
-        return None if None in found.values() else min(found, key=lambda rate: found[rate]["nll"])
+        return {rate: score["nll"] for rate, score in found.items() if score}
+
+    def rate(self, method: Method) -> float: # the setting's first where none was chosen
+        "The learning rate with the lowest NLL on the validation rows, for the first seed."
+        known = self.validated(method)
+        return min(known, key=known.get, default=self.setting.rates[0])
 
     def rows(self, methods: list) -> list: # dicts
         "What is known of these methods, the reference first; what has no score yet is left out."
         rows, untouched = [], self.known["scores"][self.key(None)]
         for seed in self.setting.seeds:
-            best = None
-            for method in with_reference(methods):
-                rate = self.rate(method)
-                score = rate and self.found(method, seed, rate)
-                best = best or score
-                if not score or not best: continue
-                rows.append({"name": method.name, "seed": seed, "rate": rate} | {k: score[k] for k in ("accuracy", "nll")} | {f"{k}_share": share(score[k], untouched[k], best[k]) for k in ("accuracy", "nll")})
+            best = self.found(METHODS[0], seed, self.rate(METHODS[0]))
+            for method in with_reference(methods) if best else ():
+                rate, tried = self.rate(method), len(self.validated(method))
+                score = self.found(method, seed, rate)
+                if not score: continue
+                rows.append({"name": method.name, "seed": seed, "rate": rate, "tried": max(tried, 1)} | {k: score[k] for k in ("accuracy", "nll")} | {f"{k}_share": share(score[k], untouched[k], best[k]) for k in ("accuracy", "nll")})
         return rows
 
     def tried(self, method: Method, seed: int, rate: float, validation: bool = False) -> dict: # accuracy, nll
@@ -195,8 +200,7 @@ class Comparison:
         self.score(None)
         for seed in self.setting.seeds:
             for method in with_reference(methods):
-                if self.rate(method) is None:
-                    for rate in self.setting.rates: self.tried(method, self.setting.seeds[0], rate, True)
+                for rate in self.setting.rates if len(self.setting.rates) > 1 else (): self.tried(method, self.setting.seeds[0], rate, True)
                 score = self.tried(method, seed, self.rate(method))
                 self.say(f"{self.task.name}, seed {seed}, {method.name}: NLL {score['nll']:.3f}" + (f", accuracy {score['accuracy']:.3f}" if score["accuracy"] is not None else ""))
             self.known["rows"] = self.rows(methods)
@@ -218,17 +222,19 @@ def comparison_table(
     rows: list, # dicts: name, seed, accuracy, nll, accuracy_share, nll_share
     untouched: dict, # accuracy, nll
 ) -> str: # Markdown
-    "Mean and range over the seeds."
+    "Mean and range over the seeds; said of a method: how many seeds and learning rates, where others have more."
     def cell(values):
         values = [v for v in values if v is not None]
         return f"{statistics.mean(values):.3f} ({min(values):.3f}–{max(values):.3f})" if values else "–"
     plain = lambda v: "–" if v is None else f"{v:.3f}"
     lines = ["| | accuracy | NLL | recovered of the accuracy | recovered of the NLL |", "| --- | --- | --- | --- | --- |",
              f"| model untouched | {plain(untouched['accuracy'])} | {untouched['nll']:.3f} | 0 | 0 |"]
-    runs, most = Counter(row["name"] for row in rows), len({row["seed"] for row in rows if "seed" in row})
+    runs, most, tried = Counter(row["name"] for row in rows), len({row["seed"] for row in rows if "seed" in row}), max((row.get("tried", 1) for row in rows), default=1)
     for name in runs:
         own = [row for row in rows if row["name"] == name]
-        lines.append(f"| {name}{f' ({runs[name]} of {most} seeds)' if runs[name] < most else ''} | " + " | ".join(cell([row[k] for row in own]) for k in ("accuracy", "nll", "accuracy_share", "nll_share")) + " |")
+        noted = [f"{runs[name]} of {most} seeds"] * (runs[name] < most)
+        if own[0].get("tried", 1) < tried: noted.append(f"learning rate {own[0]['rate']:g}, " + ("not chosen" if own[0]["tried"] == 1 else f"of {own[0]['tried']}"))
+        lines.append(f"| {name}" + f" ({'; '.join(noted)})" * bool(noted) + " | " + " | ".join(cell([row[k] for row in own]) for k in ("accuracy", "nll", "accuracy_share", "nll_share")) + " |")
     return "\n".join(lines)
 
 # %% ../nbs/69_compare.ipynb #e605848c
