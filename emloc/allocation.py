@@ -14,10 +14,11 @@ import torch
 
 from .arithmetic import short_attention
 from .backward import inputs_kept, loss_gradient
+from .data import EmlocError, encode_rows, load_tokenizer, rows_hash
 from .emulator import build_emulator, dense_weight
 from .lowrank import emulator_config, emulator_weight
 from .model import Checkpoint, find_model, give_back, linear_shapes, skeleton
-from .output import check_out, finish_directory, processes, write_json
+from .output import check_out, check_same, finish_directory, processes, write_json
 from .packed import PER_BYTE, bits_of, gaussian_levels, overhead
 from .walk import Step, Walk
 
@@ -145,7 +146,7 @@ ROWS = 16 # are enough to see which weights turn the gradient
 def build_allocated(
     model, # as for build_emulator
     calibration, # rows with prompt and completion
-    out, # the emulator directory to write; beside it, OUT.even is there until it is finished
+    out, # the emulator directory to write; beside it, OUT.even and OUT.even.json are there until it is finished
     *,
     ratio: float, # share of the linears' bytes to keep
     last: int | None = None, # as for build_emulator
@@ -155,23 +156,37 @@ def build_allocated(
 ) -> Path: # the emulator directory
     "A quantized emulator of as many bytes as ratio says, each weight with the bits that the gradients ask for. Raises `EmlocError` as `build_emulator` does."
     out, team = check_out(out), processes()
-    even, options = out.with_name(f"{out.name}.even"), {"form": "quantized", "metric": metric, "last": last, **walk_options}
+    checkpoint = Checkpoint(find_model(model))
+    calibration = encode_rows(calibration, load_tokenizer(checkpoint.path), walk_options.get("max_length", 512))
+    even, note, options = out.with_name(f"{out.name}.even"), out.with_name(f"{out.name}.even.json"), {"form": "quantized", "metric": metric, "last": last, **walk_options}
+    asked = {"model": checkpoint.fingerprint(), "calibration": rows_hash(calibration), "ratio": ratio, "metric": metric, "last": last}
     if not resume and team.is_main_process: shutil.rmtree(even, ignore_errors=True)
     team.wait_for_everyone()
-    if not even.is_dir(): build_emulator(model, calibration, even, ratio=ratio, resume=resume, **options)
+    if even.is_dir(): check_same(even, json.loads(note.read_text()) if note.is_file() else {}, asked)
+    team.wait_for_everyone() # all have looked
+    if team.is_main_process: write_json(note, asked)
+    try:
+        if not even.is_dir(): build_emulator(model, calibration, even, ratio=ratio, resume=resume, **options)
+    except EmlocError:
+        note.unlink(missing_ok=True)
+        raise
     file, bits = even / "allocation.json", emulator_config(even).bits
     if not bits: # all of the bytes: every weight stays as it is
         team.wait_for_everyone() # all have read it
-        if team.is_main_process: finish_directory(even, out)
+        if team.is_main_process:
+            finish_directory(even, out)
+            note.unlink()
         team.wait_for_everyone()
         return out
     if not file.is_file() and team.is_main_process:
-        known = linear_shapes(skeleton(Checkpoint(find_model(model))))
+        known = linear_shapes(skeleton(checkpoint))
         shapes = {n: known[n] for n in bits}
         errors = gradient_errors(even, model, calibration.select(range(min(ROWS, len(calibration)))), **walk_options | {"batch_size": ROWS // 4}) # the graph of a block stays for all its linears
         write_json(file, allocate_bits(shapes, errors, next(iter(bits.values()))))
     team.wait_for_everyone()
     build_emulator(model, calibration, out, bits=json.loads(file.read_text()), resume=resume, **options)
-    if team.is_main_process: shutil.rmtree(even)
+    if team.is_main_process:
+        shutil.rmtree(even)
+        note.unlink()
     team.wait_for_everyone()
     return out
