@@ -2,7 +2,7 @@
 
     python bench/recovered.py [--tasks bbc wordnet inflect python] [--seeds 0 1 2] [--steps 150] [--out runs/recovered]
 
-Writes bench/results/recovered.json and nbs/images/recovered.png from all tasks that have at least one seed. What was trained under --out is not trained again; what was scored is not scored again,
+Writes bench/results/recovered.json and nbs/images/recovered.png from all tasks that have at least one seed: the tables with the first learning rate for all, and another of those methods for which rates were chosen (give several with --lr). What was trained under --out is not trained again; what was scored is not scored again,
 also where only recovered.json knows of it.
 """
 import argparse
@@ -57,14 +57,24 @@ def summary(found: dict, about: dict) -> str:
             return f"{statistics.mean(runs):.3f}" + (f" ({len(runs)} seed{'s' if len(runs) > 1 else ''})" if len(runs) < 3 else "") if runs else "–"
         lines.append(f"| {name} | " + " | ".join(map(of_task, judged)) + f" | {cell(own['accuracy_share'])} | {cell(own['nll_share'])} |")
     s = next(iter(found.values()))["setting"]
-    return "\n".join([f"SmolLM2-135M-Instruct, emulators of ratio {s['ratio']:g} where nothing else is said, {s['steps']} steps of {s['batch_size']} rows, {s['rows']} test rows; recovered of the accuracy, the mean over three seeds where nothing else is said. {chosen(found)}", "", *lines, "", f"(Made on several machines of this size, the last of them: {machine.line(about)}.)"])
+    return "\n".join([f"SmolLM2-135M-Instruct, emulators of ratio {s['ratio']:g} where nothing else is said, {s['steps']} steps of {s['batch_size']} rows, {s['rows']} test rows; recovered of the accuracy, the mean over three seeds where nothing else is said. Learning rate {s['rates'][0]:g} for all.", "", *lines, "", f"(Made on several machines of this size, the last of them: {machine.line(about)}.)"])
 
 
-def chosen(found: dict) -> str:
-    "For which tasks the learning rates were chosen."
-    own = [SHORT.get(task, task) for task, result in found.items() if any(row["name"] == METHODS[0].name and row["tried"] > 1 for row in result["rows"])]
-    first = next(iter(found.values()))["setting"]["rates"][0]
-    return "Learning rates: " + (f"chosen on validation rows for {', '.join(own)} (where its table says no other), {first:g} for the rest." if own else f"{first:g} for all.")
+def chosen(comparison: Comparison) -> list:
+    "Rows of the methods that were validated, if the learning rate of LoRA on the model was chosen among several."
+    if len(comparison.validated(METHODS[0])) < 2: return []
+    return comparison.rows([method for method in METHODS if comparison.validated(method)])
+
+
+def of_chosen(found: dict) -> str:
+    "Markdown: what is different where learning rates were chosen."
+    lines, plain = [], lambda v: "–" if v is None else f"{v:.3f}"
+    for task, result in found.items():
+        for row in result["chosen"]:
+            lines.append(f"| {SHORT.get(task, task)}, seed {row['seed']} | {row['name']} | {row['rate']:g} ({f"of {row['tried']}" if row['tried'] > 1 else 'no other was tried'}) | " + " | ".join(plain(row[k]) for k in ("accuracy", "nll", "accuracy_share", "nll_share")) + " |")
+    if not lines: return ""
+    return "\n".join(["All of the above with one learning rate, which is not the best for all of them. With rates chosen on validation rows, each method for itself:", "",
+                      "| | | learning rate | accuracy | NLL | recovered of the accuracy | recovered of the NLL |", "| --- | --- | --- | --- | --- | --- | --- |", *lines, "", ""])
 
 
 def details(found: dict) -> str:
@@ -73,9 +83,8 @@ def details(found: dict) -> str:
     for task, result in found.items():
         s = result["setting"]
         rates = sorted({row["rate"] for row in result["rows"]})
-        picked = any(row["tried"] > 1 for row in result["rows"])
         lines += [f"**{TITLES.get(task, task)}** ({s['steps']} steps of {s['batch_size']} rows, {s['rows']} test rows, seeds {', '.join(str(seed) for seed in sorted({row['seed'] for row in result['rows']}))}, "
-                  f"learning rate {', '.join(f'{r:g}' for r in rates)}{' chosen on validation rows' if picked else ''}), mean (range) over the seeds:", "", result["markdown"], ""]
+                  f"learning rate {', '.join(f'{r:g}' for r in rates)}), mean (range) over the seeds:", "", result["markdown"], ""]
     return "\n".join(lines).rstrip()
 
 
@@ -85,7 +94,7 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--rows", type=int, default=300, help="test rows")
-    parser.add_argument("--lr", type=float, nargs="+", default=RATES, help="learning rates to choose among on validation rows")
+    parser.add_argument("--lr", type=float, nargs="+", default=RATES[:1], help="learning rates; of several each method gets the one that is best on the validation rows")
     parser.add_argument("--methods", nargs="+", default=[m.name for m in METHODS], help="names of METHODS; the reference is always there")
     parser.add_argument("--out", type=Path, default=Path("runs/recovered"))
     args = parser.parse_args()
@@ -94,13 +103,14 @@ if __name__ == "__main__":
     about = machine.describe()
     found = {}
     for name in TITLES:
-        comparison = opened(name, args.out, replace(setting, seeds=(0, 1, 2), rates=tuple(RATES)))
+        comparison = opened(name, args.out, replace(setting, seeds=(0, 1, 2), rates=(RATES[0],)))
         if not comparison.file.is_file(): continue
         comparison.begin()
-        rows = comparison.rows(METHODS)
-        if rows: found[name] = {"setting": comparison.known["setting"], "scores": comparison.known["scores"], "rows": rows, "markdown": comparison_table(rows, comparison.score(None))}
+        rows, scores = comparison.rows(METHODS), comparison.known["scores"]
+        comparison.setting = replace(comparison.setting, rates=tuple(RATES))
+        if rows: found[name] = {"setting": comparison.known["setting"], "scores": scores, "rows": rows, "chosen": chosen(comparison), "markdown": comparison_table(rows, comparison.score(None))}
     brief = summary(found, about)
-    markdown = f"{brief}\n\n{details(found)}"
+    markdown = f"{brief}\n\n{of_chosen(found)}{details(found)}"
     RESULTS.write_text(json.dumps({"machine": about, "tasks": found, "summary": brief, "markdown": markdown}, indent=1) + "\n")
     share_figure(found).savefig(HERE.parent / "nbs" / "images" / "recovered.png", dpi=110)
     print(markdown)
