@@ -71,7 +71,7 @@ def of_chosen(found: dict) -> str:
     lines, plain = [], lambda v: "–" if v is None else f"{v:.3f}"
     for task, result in found.items():
         for row in result["chosen"]:
-            lines.append(f"| {SHORT.get(task, task)}, seed {row['seed']} | {row['name']} | {row['rate']:g} ({f"of {row['tried']}" if row['tried'] > 1 else 'no other was tried'}) | " + " | ".join(plain(row[k]) for k in ("accuracy", "nll", "accuracy_share", "nll_share")) + " |")
+            lines.append(f"| {SHORT.get(task, task)}, seed {row['seed']} | {row['name']} | {row['rate']:g} ({'of ' + str(row['tried']) if row['tried'] > 1 else 'no other was tried'}) | " + " | ".join(plain(row[k]) for k in ("accuracy", "nll", "accuracy_share", "nll_share")) + " |")
     if not lines: return ""
     return "\n".join(["All of the above with one learning rate, which is not the best for all of them. With rates chosen on validation rows, each method for itself:", "",
                       "| | | learning rate | accuracy | NLL | recovered of the accuracy | recovered of the NLL |", "| --- | --- | --- | --- | --- | --- | --- |", *lines, "", ""])
