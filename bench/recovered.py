@@ -2,8 +2,8 @@
 
     python bench/recovered.py [--tasks bbc wordnet inflect python] [--seeds 0 1 2] [--steps 150] [--out runs/recovered]
 
-Writes bench/results/recovered.json and nbs/images/recovered.png from all tasks that have at least one seed: the tables with the first learning rate for all, and another of those methods for which rates were chosen (give several with --lr). What was trained under --out is not trained again; what was scored is not scored again,
-also where only recovered.json knows of it.
+Writes bench/results/recovered.json and nbs/images/recovered.png from all tasks that have at least one seed: the tables with the first learning rate for all, and another of those methods for which rates were chosen
+(give several with --lr). What was trained under --out is not trained again; what was scored is not scored again, also where only recovered.json knows of it.
 """
 import argparse
 import json
@@ -13,24 +13,22 @@ from pathlib import Path
 
 import machine
 from emloc.compare import METHODS, Comparison, Setting, comparison_table, in_order, share_figure
-from emloc.data import load_task
+from emloc.data import Task, load_task
 from emloc.output import write_json
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "recovered.json"
-RATES = [1e-3, 2e-3, 4e-3, 8e-3]
 TITLES = {"bbc": "BBC News: one of 5 sections", "wordnet": "WordNet glosses: one of 15 kinds", "inflect": "lemminflect: inflected forms, exact match",
           "python": "documentation of Python: language modelling, all tokens"}
 SHORT = {"bbc": "BBC News", "wordnet": "glosses", "inflect": "inflection", "python": "Python"}
 
 
-def opened(name: str, out: Path, setting: Setting) -> Comparison:
-    "The comparison of a task, with the scores that recovered.json has of it where --out has none."
-    task, known = load_task(name), json.loads(RESULTS.read_text())["tasks"].get(name) if RESULTS.is_file() else None
-    if known and not (out / name).exists():
-        (out / name).mkdir(parents=True)
-        write_json(out / name / "compare.json", {"task": task.name, "setting": known["setting"], "scores": known["scores"], "rows": []})
-    return Comparison(task, out / name, setting)
+def recall(name: str, task: Task, out: Path, setting: Setting):
+    "Begin a comparison with the scores that recovered.json has of it, where --out has none and the setting is the same."
+    known = json.loads(RESULTS.read_text())["tasks"].get(name) if RESULTS.is_file() else None
+    if not known or (out / name).exists() or replace(Setting(**known["setting"]), seeds=setting.seeds, rates=setting.rates) != setting: return
+    (out / name).mkdir(parents=True)
+    write_json(out / name / "compare.json", {"task": task.name, "setting": known["setting"], "scores": known["scores"], "rows": []})
 
 
 def shares(found: dict, name: str, key: str) -> dict:
@@ -94,21 +92,22 @@ if __name__ == "__main__":
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--rows", type=int, default=300, help="test rows")
-    parser.add_argument("--lr", type=float, nargs="+", default=RATES[:1], help="learning rates; of several each method gets the one that is best on the validation rows")
+    parser.add_argument("--lr", type=float, nargs="+", default=[1e-3], help="learning rates; of several each method gets the one that is best on the validation rows")
     parser.add_argument("--methods", nargs="+", default=[m.name for m in METHODS], help="names of METHODS; the reference is always there")
     parser.add_argument("--out", type=Path, default=Path("runs/recovered"))
     args = parser.parse_args()
     setting = Setting(steps=args.steps, rows=args.rows, seeds=tuple(args.seeds), rates=tuple(args.lr))
-    for name in args.tasks: opened(name, args.out, setting).run([m for m in METHODS if m.name in args.methods])
-    about = machine.describe()
-    found = {}
+    found, about = {}, machine.describe()
     for name in TITLES:
-        comparison = opened(name, args.out, replace(setting, seeds=(0, 1, 2), rates=(RATES[0],)))
-        if not comparison.file.is_file(): continue
-        comparison.begin()
-        rows, scores = comparison.rows(METHODS), comparison.known["scores"]
-        comparison.setting = replace(comparison.setting, rates=tuple(RATES))
-        if rows: found[name] = {"setting": comparison.known["setting"], "scores": scores, "rows": rows, "chosen": chosen(comparison), "markdown": comparison_table(rows, comparison.score(None))}
+        task, file = load_task(name), args.out / name / "compare.json"
+        recall(name, task, args.out, setting)
+        if name in args.tasks: Comparison(task, file.parent, setting).run([m for m in METHODS if m.name in args.methods])
+        if not file.is_file(): continue
+        every = Setting(**json.loads(file.read_text())["setting"])
+        first, all_rates = (Comparison(task, file.parent, s) for s in (replace(every, rates=every.rates[:1]), every))
+        for comparison in (first, all_rates): comparison.begin()
+        rows = first.rows(METHODS)
+        if rows: found[name] = {"setting": first.known["setting"], "scores": first.known["scores"], "rows": rows, "chosen": chosen(all_rates), "markdown": comparison_table(rows, first.score(None))}
     brief = summary(found, about)
     markdown = f"{brief}\n\n{of_chosen(found)}{details(found)}"
     RESULTS.write_text(json.dumps({"machine": about, "tasks": found, "summary": brief, "markdown": markdown}, indent=1) + "\n")

@@ -105,10 +105,10 @@ class Comparison:
         "Raises `EmlocError` when the directory holds another comparison."
         if self.file.is_file():
             found = json.loads(self.file.read_text())
-            own = self.known["setting"]
-            added = {k: own[k] for k in ("seeds", "rates")} # there can be more of them later
-            check_same(self.out, found["setting"] | added | {"task": found["task"]}, own | {"task": self.task.name})
-            self.known = found | {"setting": own}
+            own, before = self.known["setting"], found["setting"]
+            both = {k: [*dict.fromkeys(before[k] + own[k])] for k in ("seeds", "rates")} # there can be more of them later
+            check_same(self.out, before | both | {"task": found["task"]}, own | both | {"task": self.task.name})
+            self.known = found | {"setting": before | both}
         elif self.out.is_dir() and any(self.out.iterdir()): raise EmlocError(f"{self.out}: it exists and is no comparison; choose a new directory")
         self.out.mkdir(parents=True, exist_ok=True)
 
@@ -184,10 +184,10 @@ class Comparison:
         for seed in self.setting.seeds:
             best = self.found(METHODS[0], seed, self.rate(METHODS[0]))
             for method in with_reference(methods) if best else ():
-                rate, tried = self.rate(method), len(self.validated(method))
+                rate = self.rate(method)
                 score = self.found(method, seed, rate)
                 if not score: continue
-                rows.append({"name": method.name, "seed": seed, "rate": rate, "tried": max(tried, 1)} | {k: score[k] for k in ("accuracy", "nll")} | {f"{k}_share": share(score[k], untouched[k], best[k]) for k in ("accuracy", "nll")})
+                rows.append({"name": method.name, "seed": seed, "rate": rate, "tried": len(self.validated(method)) or 1} | {k: score[k] for k in ("accuracy", "nll")} | {f"{k}_share": share(score[k], untouched[k], best[k]) for k in ("accuracy", "nll")})
         return rows
 
     def tried(self, method: Method, seed: int, rate: float, validation: bool = False) -> dict: # accuracy, nll
@@ -232,8 +232,8 @@ def comparison_table(
     runs, most, tried = Counter(row["name"] for row in rows), len({row["seed"] for row in rows if "seed" in row}), max((row.get("tried", 1) for row in rows), default=1)
     for name in runs:
         own = [row for row in rows if row["name"] == name]
-        noted = [f"{runs[name]} of {most} seeds"] * (runs[name] < most)
-        if own[0].get("tried", 1) < tried: noted.append(f"learning rate {own[0]['rate']:g}, " + ("not chosen" if own[0]["tried"] == 1 else f"of {own[0]['tried']}"))
+        noted, rates = [f"{runs[name]} of {most} seeds"] * (runs[name] < most), own[0].get("tried", 1)
+        if rates < tried: noted.append(f"learning rate {own[0]['rate']:g}, " + (f"of {rates}" if rates > 1 else "not chosen"))
         lines.append(f"| {name}" + f" ({'; '.join(noted)})" * bool(noted) + " | " + " | ".join(cell([row[k] for row in own]) for k in ("accuracy", "nll", "accuracy_share", "nll_share")) + " |")
     return "\n".join(lines)
 

@@ -115,17 +115,21 @@ def test_the_emulator_has_the_same_bytes_and_better_gradients(llama, task, llama
     load_emulator(out)
 
 
-def test_a_run_that_was_cut_off_goes_on_with_the_bits_it_had_chosen(llama, task, tmp_path, monkeypatch):
-    whole = build_allocated(llama, task.calibration(), tmp_path / "whole", ratio=RATIO)
-    own, calls = emloc.allocation.build_emulator, []
+def cut_off(llama, task, out, monkeypatch):
+    "A run that ends after the bits were chosen."
+    own = emloc.allocation.build_emulator
     def stop(model, rows, out, **options):
-        calls.append(out.name)
         if "bits" in options: raise KeyboardInterrupt
         return own(model, rows, out, **options)
-    monkeypatch.setattr(emloc.allocation, "build_emulator", stop)
-    with pytest.raises(KeyboardInterrupt): build_allocated(llama, task.calibration(), tmp_path / "out", ratio=RATIO)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(emloc.allocation, "build_emulator", stop)
+        build_allocated(llama, task.calibration(), out, ratio=RATIO)
+
+
+def test_a_run_that_was_cut_off_goes_on_with_the_bits_it_had_chosen(llama, task, tmp_path, monkeypatch):
+    whole = build_allocated(llama, task.calibration(), tmp_path / "whole", ratio=RATIO)
+    cut_off(llama, task, tmp_path / "out", monkeypatch)
     assert json.loads((tmp_path / "out.even" / "allocation.json").read_text()) == emulator_config(whole).bits
-    monkeypatch.setattr(emloc.allocation, "build_emulator", own)
     monkeypatch.setattr(emloc.allocation, "gradient_errors", None) # known already
     out = build_allocated(llama, task.calibration(), tmp_path / "out", ratio=RATIO)
     blocks = lambda folder: {n: b for n, b in tiny.contents(folder).items() if n.endswith("safetensors")}
@@ -134,18 +138,12 @@ def test_a_run_that_was_cut_off_goes_on_with_the_bits_it_had_chosen(llama, task,
 
 
 def test_what_a_run_of_other_settings_has_left_is_refused(llama, task, tmp_path, monkeypatch):
-    own = emloc.allocation.build_emulator
-    def stop(model, rows, out, **options):
-        if "bits" in options: raise KeyboardInterrupt
-        return own(model, rows, out, **options)
-    monkeypatch.setattr(emloc.allocation, "build_emulator", stop)
-    with pytest.raises(KeyboardInterrupt): build_allocated(llama, task.calibration(), tmp_path / "out", ratio=RATIO)
+    cut_off(llama, task, tmp_path / "out", monkeypatch)
     with pytest.raises(EmlocError, match="another metric"): build_allocated(llama, task.calibration(), tmp_path / "out", ratio=RATIO, metric="fisher")
     with pytest.raises(EmlocError, match="another calibration"): build_allocated(llama, task.calibration(8), tmp_path / "out", ratio=RATIO)
     (tmp_path / "out.even.json").unlink() # some other directory of that name
     with pytest.raises(EmlocError, match="remove the directory"): build_allocated(llama, task.calibration(), tmp_path / "out", ratio=RATIO)
     assert (tmp_path / "out.even").is_dir() and not (tmp_path / "out").exists()
-    monkeypatch.setattr(emloc.allocation, "build_emulator", own)
     assert build_allocated(llama, task.calibration(), tmp_path / "out", ratio=RATIO, resume=False).is_dir() and not list(tmp_path.glob("out.*"))
 
 

@@ -49,6 +49,29 @@ def test_mean_shares_of_the_seeds_that_are_known(setting, task, tmp_path):
     assert comparison.recovered(method, (0, 1), rate) == {"seeds": 2, "accuracy": None, "nll": pytest.approx(0.625)}
 
 
+def test_seeds_and_rates_can_be_added_and_the_reference_is_never_another_method(setting, task, tmp_path):
+    method, first = METHODS[5], replace(setting, seeds=(0,), rates=(1e-2,))
+    comparison = Comparison(task, tmp_path / "out", first)
+    comparison.begin()
+    def keep(method, seed, rate, nll, validation=False): comparison.known["scores"][comparison.key(comparison.folders(method, seed, rate)[-1], validation)] = {"accuracy": None, "nll": nll}
+    comparison.known["scores"][comparison.key(None)] = {"accuracy": None, "nll": 8.0}
+    keep(method, 0, 1e-2, 6.0)
+    assert comparison.rows(METHODS) == [] # nothing to compare with
+    keep(METHODS[0], 0, 1e-2, 4.0)
+    assert [(r["name"], r["tried"], r["nll_share"]) for r in comparison.rows(METHODS)] == [(METHODS[0].name, 1, 1), (method.name, 1, 0.5)]
+    for rate, nll in ((1e-2, 4.0), (1e-4, 3.0)): keep(METHODS[0], 0, rate, nll, validation=True)
+    keep(METHODS[0], 0, 1e-4, 3.0)
+    comparison.file.write_text(json.dumps(comparison.known))
+    later = Comparison(task, tmp_path / "out", replace(setting, seeds=(1, 0), rates=(1e-4, 1e-2)))
+    later.begin()
+    assert later.known["setting"]["seeds"] == [0, 1] and later.known["setting"]["rates"] == [1e-2, 1e-4]
+    both = Comparison(task, tmp_path / "out", replace(setting, seeds=(0,), rates=(1e-2, 1e-4)))
+    both.begin()
+    rows = both.rows(METHODS)
+    assert [(r["name"], r["rate"], r["tried"], r["nll_share"]) for r in rows] == [(METHODS[0].name, 1e-4, 2, 1), (method.name, 1e-2, 1, pytest.approx(0.4))]
+    assert f"| {method.name} (learning rate 0.01, not chosen) |" in comparison_table(rows, {"accuracy": None, "nll": 8.0})
+
+
 def test_a_folder_of_something_else_is_left_alone(setting, task, tmp_path):
     (tmp_path / "mine").write_text("x")
     with pytest.raises(EmlocError, match="no comparison"): Comparison(task, tmp_path, setting).run(METHODS)
