@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from .adapter import read_adapter
 from .correct import Pieces, check_family, subtract
 from .data import EmlocError
-from .easel import pixels_png
+from .easel import no_collection, pixels_png
 from .evaluate import input_grams
 from .explore import BLUE, COLOURS, GREY, PINK, Panel, alert, by_block, picture_box
 from .model import Checkpoint, find_model
@@ -208,6 +208,7 @@ def correction_explorer(
         rivals = {n: min(c["nll"] for c in cs) for n, cs in judged.items() if n != name and cs}
         figure, line, image = correction_figure(order, tables[name].misalignment("gram"), judged.get(name, ()), rivals)
         return Moving(figure, [line, image]), line, image
+    @no_collection()
     def redraw(_=None):
         name, *choice = (c.value for c in controls.values())
         controls["limit"].disabled = choice[0] != "clamp"

@@ -5,7 +5,9 @@
 # %% ../nbs/59_easel.ipynb #0ec2f630
 from __future__ import annotations
 
+import gc
 import io
+from contextlib import contextmanager
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -14,8 +16,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 # %% auto #0
-__all__ = ['png', 'axis_frame', 'frame', 'room_key', 'ground_key', 'data_artists', 'overlap', 'sides', 'layer', 'Easel',
-           'pixels_png']
+__all__ = ['png', 'axis_frame', 'frame', 'room_key', 'ground_key', 'data_artists', 'overlap', 'sides', 'pixels_of', 'layer',
+           'plot_layers', 'Easel', 'pixels_png', 'no_collection']
 
 # %% ../nbs/59_easel.ipynb #3e62fea4
 def png(
@@ -84,18 +86,39 @@ def sides(
     "The room around the plots."
     return {side: getattr(figure.subplotpars, side) for side in ("left", "right", "bottom", "top", "wspace", "hspace")}
 
-def layer(
-    axis, # an x or y axis
+def pixels_of(
     canvas: FigureCanvasAgg,
-    ground, # region, of the canvas without it
-) -> tuple: # (mask (height, width), colours of the pixels in it)
-    "An axis as the pixels that it changes."
+) -> np.ndarray: # (height, width), uint32, the canvas' own memory
+    "The four bytes of a pixel as one number."
+    return np.asarray(canvas.buffer_rgba()).view(np.uint32)[..., 0]
+
+def layer(
+    axes: list, # to draw
+    canvas: FigureCanvasAgg,
+    ground, # region, of the canvas without them
+    under: tuple | None = None, # another layer, that they are drawn upon
+) -> tuple: # (places of the pixels that changed, as indices of the flat picture, their colours)
+    "Axes as the pixels that they change."
     canvas.restore_region(ground)
-    pixels = np.asarray(canvas.buffer_rgba())
+    pixels = pixels_of(canvas).ravel()
     before = pixels.copy()
-    axis.draw(canvas.get_renderer())
-    mask = (pixels != before).any(2)
-    return mask, pixels[mask]
+    if under: pixels[under[0]] = under[1]
+    for axis in axes: axis.draw(canvas.get_renderer())
+    places = np.flatnonzero(pixels != before)
+    return places, pixels[places]
+
+def plot_layers(
+    axes: dict, # {key: axis} of a plot
+    known: dict, # {key, or keys of a whole plot: layer} of the picture before
+    canvas: FigureCanvasAgg,
+    ground, # region, of the canvas without them
+) -> dict: # {keys of the plot: layer}, and of an axis that stays while another one moves {key: layer}
+    "The layer of a plot; an axis that stayed is not drawn again."
+    whole, kept = tuple(axes), {key: known[key] for key in axes if key in known}
+    if whole in known: return kept | {whole: known[whole]}
+    stayed = [key for key in axes if any(key in keys for keys in known)]
+    for key in stayed: kept[key] = known.get(key) or layer([axes[key]], canvas, ground)
+    return kept | {whole: layer([axis for key, axis in axes.items() if key not in stayed], canvas, ground, *(kept[key] for key in stayed))}
 
 class Easel:
     "Figures as PNG files, one after the other; where the frame stays, only the data are drawn."
@@ -118,33 +141,36 @@ class Easel:
         at_first = sides(figure)
         if layout: figure.set_layout_engine("none"); figure.subplots_adjust(**self.room or at_first)
         now = frame(figure)
-        if now != self.frame: self.begin(figure, canvas, layout, at_first, room_key(now))
+        if now != self.frame: self.begin(figure, canvas, layout, at_first, now)
         canvas.restore_region(self.pixels)
         for artist in data_artists(figure): figure.draw_artist(artist)
         return pixels_png(canvas, level)
 
-    def begin(self, figure, canvas, layout, at_first, labels):
+    def begin(self, figure, canvas, layout, at_first, now):
         "Draw what is new of the frame, and keep it."
+        labels, before = room_key(now), sides(figure)
         if layout and labels not in self.rooms:
             figure.subplots_adjust(**at_first)
             layout.execute(figure)
             self.rooms[labels] = sides(figure)
-        self.room = self.rooms.get(labels) or at_first
-        figure.subplots_adjust(**self.room)
-        self.frame, renderer = frame(figure), canvas.get_renderer()
+        room = self.rooms.get(labels) or at_first
+        figure.subplots_adjust(**room)
+        if room != before: now = frame(figure)
+        self.room, self.frame, renderer = room, now, canvas.get_renderer()
         plots = [ax for ax in figure.axes if ax.axison and ax.get_visible()]
         for ax in plots: ax.apply_aspect(ax.get_axes_locator()(ax, renderer) if ax.get_axes_locator() else None)
         for patch in (figure.patch, *(ax.patch for ax in plots)): patch.draw(renderer)
-        ground, axes = canvas.copy_from_bbox(figure.bbox), {}
-        for n, ax in enumerate(plots):
-            for name in ("xaxis", "yaxis"): axes[n, name, axis_frame(getattr(ax, name)), ground_key(self.frame)] = getattr(ax, name)
-        self.layers = {key: self.layers.get(key) or layer(axis, canvas, ground) for key, axis in axes.items()}
+        ground, looks, known = canvas.copy_from_bbox(figure.bbox), dict(zip(figure.axes, now[3:])), self.layers
+        axes = [{(n, axis.axis_name, look, ground_key(now)): axis for axis, look in zip((ax.xaxis, ax.yaxis), looks[ax][3:])} for n, ax in enumerate(plots)]
+        self.layers = {key: layer for plot in axes for key, layer in plot_layers(plot, known, canvas, ground).items()}
         canvas.restore_region(ground)
-        pixels, painted = np.asarray(canvas.buffer_rgba()), False
-        for axis, (mask, colours) in zip(axes.values(), self.layers.values()):
-            if np.any(painted & mask): axis.draw(renderer) # lines of a grid cross
-            else: pixels[mask] = colours
-            painted = painted | mask
+        pixels = pixels_of(canvas).ravel()
+        painted = np.zeros(len(pixels), bool)
+        for plot in axes:
+            places, colours = self.layers[tuple(plot)]
+            if painted[places].any(): [axis.draw(renderer) for axis in plot.values()] # words of a plot reach over another one's
+            else: pixels[places] = colours
+            painted[places] = True
         self.pixels = canvas.copy_from_bbox(figure.bbox)
 
 def pixels_png(
@@ -155,3 +181,13 @@ def pixels_png(
     buffer = io.BytesIO()
     Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3]).save(buffer, "png", compress_level=level)
     return buffer.getvalue()
+
+# %% ../nbs/59_easel.ipynb #b78b1ab1
+@contextmanager
+def no_collection():
+    "Collect no garbage for the duration of the `with`, or, as a decorator, of a call."
+    before = gc.isenabled()
+    gc.disable()
+    try: yield
+    finally:
+        if before: gc.enable()

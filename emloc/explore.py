@@ -16,7 +16,7 @@ from IPython.display import display
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from .easel import Easel
+from .easel import Easel, no_collection
 from .spectrum import Spectrum
 
 BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999999"
@@ -87,6 +87,7 @@ def panel(
     "A figure that is drawn again whenever a control moves."
     picture, message, first, easel = picture_box(), widgets.HTML(), [], Easel()
     children = [c for c in widgets.interactive(lambda **_: None, {"manual": True}, **controls).children if hasattr(c, "_kwarg")]
+    @no_collection()
     def redraw(_=None):
         try:
             drawn = draw(**{child._kwarg: child.value for child in children})

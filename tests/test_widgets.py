@@ -1,4 +1,5 @@
 """The functions under the widgets, on problems with a known answer; the widgets themselves are driven in test_browser_lab.py."""
+import gc
 import io
 import json
 import threading
@@ -8,6 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from matplotlib.axis import Axis
 from PIL import Image
 from transformers import TrainerControl, TrainerState
 
@@ -278,3 +280,32 @@ def test_an_easel_notices_another_frame(change):
     for changed in (False, True, False, True):
         found, wanted = pixels(easel.png(draw(changed))), pixels(png(draw(changed)))
         assert found.shape == wanted.shape and np.abs(found - wanted).max() < 16
+
+
+def test_an_easel_draws_only_the_axis_that_moved(monkeypatch):
+    def draw(x, y):
+        figure, (ax, _) = plt.subplots(1, 2, figsize=(4, 1.5)); ax.plot([1, 2, 4]); ax.set_xlim(0, x); ax.set_ylim(0, y); ax.grid(True)
+        return figure
+    easel, drawn, own = Easel(), [], Axis.draw
+    easel.png(draw(3, 3))
+    for limits, most in (((3, 4), 2), ((3, 5), 1), ((3, 6), 1), ((4, 6), 2), ((5, 6), 1), ((6, 7), 2), ((6, 7), 0)):
+        wanted = pixels(png(draw(*limits)))
+        with monkeypatch.context() as watch:
+            watch.setattr(Axis, "draw", lambda axis, *given: (drawn.append(axis), own(axis, *given))[1])
+            found = pixels(easel.png(draw(*limits)))
+        assert found.shape == wanted.shape and np.abs(found - wanted).max() < 16
+        assert len(drawn) <= most
+        drawn.clear()
+
+
+def test_no_garbage_is_collected_while_a_picture_is_drawn():
+    seen = []
+    def draw(n=3): seen.append(gc.isenabled()); return plt.subplots()[0]
+    def fails(n=3): raise ValueError("no")
+    shown = explore.panel(draw, n=(1, 5))
+    shown.controls["n"].value = 4
+    explore.panel(fails, n=(1, 5))
+    assert seen == [False, False] and gc.isenabled()
+    gc.disable()
+    try: shown.controls["n"].value = 5; assert not gc.isenabled()
+    finally: gc.enable()
