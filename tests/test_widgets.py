@@ -284,7 +284,7 @@ def test_an_easel_notices_another_frame(change):
 
 def test_an_easel_draws_only_the_axis_that_moved(monkeypatch):
     def draw(x, y):
-        figure, (ax, _) = plt.subplots(1, 2, figsize=(4, 1.5)); ax.plot([1, 2, 4]); ax.set_xlim(0, x); ax.set_ylim(0, y); ax.grid(True)
+        figure, (ax, _) = plt.subplots(1, 2, figsize=(8, 2)); ax.plot([1, 2, 4]); ax.set_xlim(0, x); ax.set_ylim(0, y); ax.grid(True)
         return figure
     easel, drawn, own = Easel(), [], Axis.draw
     easel.png(draw(3, 3))
