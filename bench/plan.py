@@ -50,6 +50,8 @@ RUNS = [ # name, model, what is run, rows in a batch, tokens, positions with log
     dict(model="default", stage="build", batch_size=8, seq_len=256, rows=32, completion=16, metric="fisher"),
     dict(model="Qwen3 like", stage="build", batch_size=4, seq_len=512, rows=8, completion=64, metric="fisher"),
     dict(model="default", stage="build", batch_size=8, seq_len=256, rows=32, completion=16, metric="fisher", form="quantized"),
+    dict(model="default", stage="blame", batch_size=4, seq_len=256, rows=16, completion=16),
+    dict(model="Llama like", stage="blame", batch_size=4, seq_len=256, rows=16, completion=32),
     dict(model="default", stage="correct", batch_size=8, seq_len=256, rows=16, completion=16),
     dict(model="default", stage="anchor", batch_size=8, seq_len=256, rows=32),
     dict(model="default", stage="polish", batch_size=8, seq_len=256, rows=32, completion=16),
@@ -115,6 +117,7 @@ def resident(model):
 def work(run: dict, folder: Path, out: Path):
     "The run itself: exactly what the package does."
     import torch
+    from emloc.allocation import gradient_errors
     from emloc.anchor import compute_anchors
     from emloc.correct import correct_adapter
     from emloc.data import load_tokenizer
@@ -125,6 +128,7 @@ def work(run: dict, folder: Path, out: Path):
     from transformers import AutoModelForCausalLM
     walk = {"batch_size": run["batch_size"], "max_length": run["seq_len"]}
     if run["stage"] == "build": return build_emulator(folder, rows_of(run["rows"], run), out, ratio=RATIO, metric=run.get("metric", "activation"), form=run.get("form", "lowrank"), **walk)
+    if run["stage"] == "blame": return gradient_errors(folder.with_name(folder.name + "-emulator"), folder, rows_of(run["rows"], run), **walk)
     if run["stage"] == "anchor": return compute_anchors(folder.with_name(folder.name + "-emulator"), folder, rows_of(run["rows"], run), out, **walk)
     if run["stage"] == "correct":
         rows = rows_of(2 * run["rows"], run)
@@ -183,6 +187,7 @@ def predicted(run: dict, taken: list) -> tuple: # (Need, as planned without know
         return build({tuple(t) for t in taken}), build(None)
     need = {"train": lambda: needs.training(s, "", lambda blocks: s.emulator(ranks, blocks), settings), "lora": lambda: needs.training(s, "", s.whole, settings), "infer": lambda: needs.whole_model(s, settings)[0],
             "correct": lambda: needs.correcting(s, ranks, 8, run["rows"], *size, run.get("completion")), "anchor": lambda: needs.anchoring(s, ranks, run["rows"], *size),
+            "blame": lambda: needs.allocating(s, ranks, run["seq_len"], run.get("completion"), run["rows"], run["batch_size"]),
             "polish": lambda: needs.polishing(s, 8, run["seq_len"], run.get("completion"), run["rows"], run["batch_size"])}[run["stage"]]()
     return need, need
 
@@ -214,7 +219,7 @@ def companions(run: dict, folder: Path):
     from safetensors.torch import save_file
     checkpoint, emulator, adapter = Checkpoint(folder), folder.with_name(folder.name + "-emulator"), folder.with_name(folder.name + "-adapter")
     shapes, stage = linear_shapes(skeleton(checkpoint)), run["stage"]
-    if (stage in ("correct", "anchor") or stage == "train" and run.get("form")) and not emulator.exists():
+    if (stage in ("correct", "anchor", "blame") or stage == "train" and run.get("form")) and not emulator.exists():
         choice = choose_bits(shapes, RATIO, checkpoint.dtype) if run.get("form") else uniform(shapes, RATIO)
         model, config = skeleton(checkpoint), chosen(choice)
         config.base_model, config.base_fingerprint, config.ratio = str(folder), checkpoint.fingerprint(), RATIO

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from .arithmetic import short_attention
+from .arithmetic import product, short_attention
 from .backward import inputs_kept, loss_gradient
 from .data import EmlocError, encode_rows, load_tokenizer, rows_hash
 from .emulator import build_emulator, dense_weight
@@ -23,7 +23,8 @@ from .packed import PER_BYTE, bits_of, gaussian_levels, overhead
 from .walk import Step, Walk
 
 # %% auto #0
-__all__ = ['ROWS', 'OneOff', 'errors_in', 'gradient_errors', 'rung_error', 'rounding_error', 'allocate_bits', 'build_allocated']
+__all__ = ['BITS', 'ROWS', 'TOGETHER', 'OneOff', 'errors_in', 'blame', 'gradient_errors', 'rung_error', 'rounding_error',
+           'allocate_bits', 'build_allocated']
 
 # %% ../nbs/12b_allocation.ipynb #ded8ccbd
 class OneOff:
@@ -37,7 +38,7 @@ class OneOff:
 
     def _before(self, name, module, args):
         x = args[0].view_as(args[0]) # of this linear alone
-        if x.requires_grad: x.register_hook(lambda gradient: gradient + self.heard[name] @ self.difference if name == self.name else None)
+        if x.requires_grad: x.register_hook(lambda gradient: gradient + product(self.heard[name], self.difference.T) if name == self.name else None)
         return (x, *args[1:])
 
     def _after(self, name, module, args, y):
@@ -85,6 +86,24 @@ def errors_in(
     return {name: {m: e / max(energy[m], torch.finfo(torch.float32).tiny) for m, e in found.items()} for name, found in wrong.items()}
 
 @torch.no_grad()
+def blame(
+    walk: Walk, # before it has begun
+    names, # of the emulated linears
+    emulated, # function (name) -> W_E (out, in), float32
+) -> dict: # {module: e_w}
+    "All blocks forward, and back through those that are emulated."
+    found = {}
+    first, inputs = inputs_kept(walk, names)
+    gradients = loss_gradient(walk)[1]
+    for index in reversed(range(first, len(walk))):
+        with walk.block(index) as step:
+            weights = {n: dense_weight(m) for n, m in step.linears.items()}
+            differences = {n: (emulated(n).to(walk.device) - w.float()).to(w.dtype) for n, w in weights.items() if n in names}
+            for name, wrong in errors_in(step, differences, inputs.pop(), gradients).items():
+                before, linears = wrong.pop(None, 0.) * (index - first), len(weights)
+                found[name] = (sum(wrong.values()) / linears + before) / (len(walk) - first)
+    return found
+
 def gradient_errors(
     emulator, # an emulator directory
     model, # the directory of its model, or a name
@@ -92,18 +111,8 @@ def gradient_errors(
     **walk_options, # for Walk: batch_size (rows), max_length (tokens), device
 ) -> dict: # {module: e_w}, of the emulated linears; 1 would be a gradient that is all wrong
     "For how much of the error of the gradients each emulated weight is to blame. Raises `EmlocError` for rows without a completion."
-    walk, small, config, found = Walk(find_model(model), rows, **walk_options), Checkpoint(emulator), emulator_config(emulator), {}
-    names = config.bits | config.ranks
-    first, inputs = inputs_kept(walk, names)
-    gradients = loss_gradient(walk)[1]
-    for index in reversed(range(first, len(walk))):
-        with walk.block(index) as step:
-            weights = {n: dense_weight(m) for n, m in step.linears.items()}
-            differences = {n: (emulator_weight(small, n).to(walk.device) - w.float()).to(w.dtype) for n, w in weights.items() if n in names}
-            for name, wrong in errors_in(step, differences, inputs.pop(), gradients).items():
-                before, linears = wrong.pop(None, 0.) * (index - first), len(weights)
-                found[name] = (sum(wrong.values()) / linears + before) / (len(walk) - first)
-    return found
+    small, config = Checkpoint(emulator), emulator_config(emulator)
+    return blame(Walk(find_model(model), rows, **walk_options), config.bits | config.ranks, partial(emulator_weight, small))
 
 # %% ../nbs/12b_allocation.ipynb #54aa68f3
 @lru_cache
@@ -141,7 +150,8 @@ def allocate_bits(
     return {n: b + overhead(shapes[n]) + 1e-10 for n, b in found.items()}
 
 # %% ../nbs/12b_allocation.ipynb #55f05757
-ROWS = 16 # are enough to see which weights turn the gradient
+BITS = ("even", "gradients") # how a quantized emulator may spend them
+ROWS, TOGETHER = 16, 4 # so many rows are enough to see which weights turn the gradient; so many at a time, as the graph of a block stays for all its linears
 
 def build_allocated(
     model, # as for build_emulator
@@ -181,7 +191,7 @@ def build_allocated(
     if not file.is_file() and team.is_main_process:
         known = linear_shapes(skeleton(checkpoint))
         shapes = {n: known[n] for n in bits}
-        errors = gradient_errors(even, model, calibration.select(range(min(ROWS, len(calibration)))), **walk_options | {"batch_size": ROWS // 4}) # the graph of a block stays for all its linears
+        errors = gradient_errors(even, model, calibration.select(range(min(ROWS, len(calibration)))), **walk_options | {"batch_size": TOGETHER})
         write_json(file, allocate_bits(shapes, errors, next(iter(bits.values()))))
     team.wait_for_everyone()
     build_emulator(model, calibration, out, bits=json.loads(file.read_text()), resume=resume, **options)

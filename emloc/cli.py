@@ -17,7 +17,7 @@ import yaml
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from .adapter import read_adapter
-from .allocation import build_allocated
+from .allocation import BITS, build_allocated
 from .anchor import STORED, Anchors, compute_anchors
 from .compare import METHODS, Comparison, Setting
 from .correct import MODES, correct_adapter
@@ -53,7 +53,7 @@ def emulate(args) -> dict:
     "Stage 1: build the emulator of MODEL from rows of TASK."
     settle_form(args)
     if args.budget and args.ratio: raise EmlocError("give either a ratio or a budget, and not both")
-    if args.bits != "even" and (args.form != "quantized" or args.budget): raise EmlocError("bits by gradients are for quantized emulators of a given ratio; leave out --budget and --form lowrank, or --bits")
+    if args.bits != "even" and args.form != "quantized": raise EmlocError("bits by gradients are for quantized emulators; leave out --form lowrank and --ranks spectrum, or --bits")
     if args.last_blocks and args.ranks == "spectrum": raise EmlocError("ranks by spectrum are chosen over all blocks; leave out --last-blocks, or --ranks")
     if args.budget and args.ranks == "spectrum": raise EmlocError("a budget gives every weight the same ratio; for ranks by spectrum give that ratio")
     fitted = fitting(args) if args.budget else None
@@ -91,9 +91,9 @@ def finetune(args) -> dict:
 
 def fitting(args) -> Plan:
     "The plan for a budget. Raises `EmlocError` when nothing fits."
-    found = plan_memory(args.model, budget=args.budget, batch_size=args.train_batch, seq_len=args.max_length, rows=args.rows, walk_batch=args.batch_size, metric=args.metric, form=args.form, last=args.last_blocks)
+    found = plan_memory(args.model, budget=args.budget, batch_size=args.train_batch, seq_len=args.max_length, rows=args.rows, walk_batch=args.batch_size, metric=args.metric, form=args.form, bits=args.bits, last=args.last_blocks)
     if not found.fits: raise EmlocError(" ".join(line.strip() for line in found.advice))
-    print(f"the largest ratio that fits {args.budget} is {found.ratio:.3f}: training {args.train_batch} rows of {args.max_length} tokens will need {found.stages[1].peak / 2**30:.2f} GiB")
+    print(f"the largest ratio that fits {args.budget} is {found.ratio:.3f}: training {args.train_batch} rows of {args.max_length} tokens will need {found.stage(2).peak / 2**30:.2f} GiB")
     return found
 
 def plan(args) -> dict:
@@ -101,7 +101,7 @@ def plan(args) -> dict:
     settle_form(args)
     found = plan_memory(args.model, budget=args.budget, ratio=args.ratio, batch_size=args.batch_size, seq_len=args.seq_len, completion=args.completion,
                         checkpointing=not args.no_checkpointing, lora=lora_config(args.rank), rows=args.rows, walk_batch=args.walk_batch,
-                        metric=args.metric, form=args.form, train_rows=args.train_rows, anchor_every=args.anchor_every, last=args.last_blocks)
+                        metric=args.metric, form=args.form, bits=args.bits, train_rows=args.train_rows, anchor_every=args.anchor_every, last=args.last_blocks)
     print(found)
     return found.report()
 
@@ -276,6 +276,7 @@ def parser() -> Parser:
     c.add_argument("--walk-batch", type=int, default=16, help="calibration rows that go through a block together; fewer where the budget asks for it")
     c.add_argument("--form", choices=FORMS, help="of the emulator, as for emulate")
     c.add_argument("--metric", choices=METRICS, help="of the emulator, as for emulate")
+    c.add_argument("--bits", choices=BITS, default="even", help="of the emulator, as for emulate")
     c.add_argument("--last-blocks", type=int, help="an emulator of so many blocks, from the end, as for emulate")
     c.add_argument("--train-rows", type=int, default=1000, help="rows that get anchors, if they are wanted")
     c.add_argument("--anchor-every", type=int, default=1, help="blocks between two anchors")
@@ -285,7 +286,7 @@ def parser() -> Parser:
     c.add_argument("--train-batch", type=int, default=8, help="rows of a training step, for --budget")
     c.add_argument("--ranks", choices=["uniform", "spectrum"], default="uniform", help="one ratio for all weights, or as the spectra ask")
     c.add_argument("--form", choices=FORMS, help="whole weights in few bits (quantized: nearest to the model), or low-rank factors of as many bytes (lowrank: fastest to train); by default quantized, and lowrank where --ranks spectrum is given")
-    c.add_argument("--bits", choices=["even", "gradients"], default="even", help="of a quantized emulator: the same for all weights, or more for those that turn the gradients most (stage 1 takes twice as long; for small ratios)")
+    c.add_argument("--bits", choices=BITS, default="even", help="of a quantized emulator: the same for all weights, or more for those that turn the gradients most (stage 1 takes twice as long; for small ratios)")
     c.add_argument("--last-blocks", type=int, help="only so many blocks, from the end, which then have the bytes of all: finer, but only these learn; training needs anchors")
     c.add_argument("--metric", choices=METRICS, help="what is kept: the outputs on the calibration rows (activation), or the loss and its gradients (fisher, one walk more, backwards); by default the loss for low-rank factors, the outputs for quantized weights")
     c.add_argument("--rows", type=int, default=256, help="calibration rows")

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .allocation import ROWS, TOGETHER
 from .anchor import anchor_bytes, anchored_blocks
 from .correct import CANDIDATES
 from .geometry import bare_model, find_config, n_bytes
@@ -18,11 +19,11 @@ from .lowrank import chosen, put_emulated
 from .model import block_linears, block_names, linear_shapes
 from .rank import entries, of_last
 from .simulate import extrapolate, highest, inference_peaks, main_blocks, shorten, training_peaks
-from .streamed import BATCHES, anchoring_peaks, building_peaks, correcting_peaks, polishing_peaks
+from .streamed import BATCHES, allocating_peaks, anchoring_peaks, building_peaks, correcting_peaks, polishing_peaks
 
 # %% auto #0
-__all__ = ['KINDS', 'TOKENIZER', 'RUNTIME', 'Need', 'Shapes', 'walking', 'building', 'correcting', 'anchoring', 'polishing',
-           'training', 'quantised', 'whole_model']
+__all__ = ['KINDS', 'TOKENIZER', 'RUNTIME', 'Need', 'Shapes', 'walking', 'building', 'allocating', 'correcting', 'anchoring',
+           'polishing', 'training', 'quantised', 'whole_model']
 
 # %% ../nbs/40a_needs.ipynb #26c9af4e
 KINDS = ("weights", "lora", "optimizer", "gradients", "activations", "logits", "workspace")
@@ -126,6 +127,18 @@ def building(
     all, batch = s.hidden(rows, seq_len), s.hidden(batch_size, seq_len)
     peaks = building_peaks(s.whole(2 if fisher else 1), choice, batch_size, seq_len, metric=metric, completion=completion, taken=taken)
     return walking(s, "1 emulator", peaks, (1 + fisher) * all, batch, disk=s.emulator_bytes(choice) + all * (s.main + 2 if fisher else 2), more=batch if fisher else 0, runtime="fisher" if fisher else "walk")
+
+def allocating(
+    s: Shapes,
+    choice: dict, # {module: bits as a float}, of the emulator with equal bits
+    seq_len: int, # tokens
+    completion: int | None = None, # positions of a row that have logits
+    rows: int = ROWS, # that the gradients are of
+    batch_size: int = TOGETHER, # of them go through a block together
+) -> Need:
+    "Bits by gradients: a walk forward and back, around an emulator with equal bits that is on disk until it is over."
+    blocks, all, batch = min(2, s.main), s.hidden(rows, seq_len), s.hidden(batch_size, seq_len)
+    return walking(s, "1 bits by gradients", allocating_peaks(s.whole(blocks), batch_size, seq_len, completion), (s.main + 2) * all, batch, blocks, disk=s.emulator_bytes(choice), more=batch, runtime="fisher")
 
 def correcting(
     s: Shapes,

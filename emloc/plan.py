@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from functools import cache
 from html import escape
 
+from .allocation import BITS
 from .data import EmlocError
 from .emulator import FORMS, choose_bits
 from .fisher import METRICS
-from .needs import KINDS, Shapes, anchoring, building, correcting, polishing, training, whole_model
+from .needs import KINDS, Need, Shapes, allocating, anchoring, building, correcting, polishing, training, whole_model
 from .rank import check_ratio, of_last, uniform
 
 # %% auto #0
@@ -54,6 +55,8 @@ class Plan:
     def peak(self) -> int: return max(s.peak for s in self.stages) # bytes, of all stages
     @property
     def fits(self) -> bool: return all(s.fits(self.budget) for s in self.stages)
+
+    def stage(self, number: int) -> Need: return next(s for s in self.stages if s.name.startswith(str(number))) # the first of that number
 
     def report(self) -> dict: # as JSON can hold it
         needs = lambda which: [n.report(self.budget) for n in which]
@@ -120,6 +123,7 @@ def plan_memory(
     walk_batch: int = 16, # of them go through a block together, or fewer where the budget asks for it
     metric: str = "activation", # of the emulator, or fisher
     form: str = "lowrank", # of the emulator, or quantized
+    bits: str = "even", # of a quantized emulator, or gradients
     train_rows: int = 1000, # that get anchors, if they are wanted
     anchor_every: int = 1, # an anchor after each so many blocks
     last: int | None = None, # blocks that the emulator has, from the end; None: all
@@ -129,6 +133,7 @@ def plan_memory(
     if min(batch_size, seq_len, rows, train_rows, walk_batch) < 1: raise EmlocError(f"batch size {batch_size}, length {seq_len}, rows {rows} and {train_rows}, rows in a block {walk_batch}: each must be at least 1")
     if metric not in METRICS: raise EmlocError(f"metric {metric!r}: must be one of {', '.join(METRICS)}")
     if form not in FORMS: raise EmlocError(f"form {form!r}: must be one of {', '.join(FORMS)}")
+    if bits not in BITS or (bits != "even" and form != "quantized"): raise EmlocError(f"bits {bits!r}: must be one of {', '.join(BITS)}, and even where the emulator is not quantized")
     there, share = of_last(s.shapes, None, s.names, last)[0], s.share(last)
     main = min(last or s.main, s.main) # blocks of the main list that the emulator has
     def choose(ratio): # for every block, though the emulator may have only the last
@@ -148,9 +153,10 @@ def plan_memory(
     while walk_batch > 1 and not (first.fits(budget) and third.fits(budget)):
         walk_batch //= 2
         first, third = walks(walk_batch)
+    blaming = [allocating(s, choice, seq_len, completion)] if bits == "gradients" else []
     options = [anchoring(s, choice, train_rows, walk_batch, seq_len, anchor_every, s.main - main), polishing(s, rank, seq_len, completion)]
-    plan = Plan(str(model), ratio, {n: k for n, k in choice.items() if n in there} if form == "lowrank" else {}, [first, second, third], options, whole_model(s, settings),
-                {k: v for k, v in settings.items() if k != "lora"} | {"lora_rank": rank, "calibration_rows": rows, "walk_batch": walk_batch, "metric": metric, "form": form, "train_rows": train_rows, "last": last},
+    plan = Plan(str(model), ratio, {n: k for n, k in choice.items() if n in there} if form == "lowrank" else {}, [first, *blaming, second, third], options, whole_model(s, settings),
+                {k: v for k, v in settings.items() if k != "lora"} | {"lora_rank": rank, "calibration_rows": rows, "walk_batch": walk_batch, "metric": metric, "form": form, "bits": bits, "train_rows": train_rows, "last": last},
                 s.bytes, s.emulator_bytes(choice, len(s.names) - (last or len(s.names))), budget)
     if not plan.fits: plan.advice = advise(plan, s, settings, stage_2)
     return plan
@@ -162,8 +168,9 @@ def advise(plan: Plan, s: Shapes, settings: dict, stage_2) -> list: # lines
         if need.fits(plan.budget): continue
         lines.append(f"{need.name} does not fit: it needs {need.peak / 2**30:.2f} GiB of {plan.budget / 2**30:.2f}.")
         if not need.name.startswith("2"):
-            lines.append(f"  One block and the dense parts alone are {(s.block + s.dense) / 2**30:.2f} GiB, and here a single row goes through it at a time; shorter rows (--seq-len, or --max-length of emloc emulate), a CPU with more memory (--device cpu), or that budget would do."
-                         + (" The Fisher metric keeps a Gram matrix for every output as well; --metric activation needs less." if need.name.startswith("1") and plan.settings.get("metric") == "fisher" else ""))
+            lines.append(f"  One block and the dense parts alone are {(s.block + s.dense) / 2**30:.2f} GiB, and here {'a few rows go' if 'bits' in need.name else 'a single row goes'} through it at a time; shorter rows (--seq-len, or --max-length of emloc emulate), a CPU with more memory (--device cpu), or that budget would do."
+                         + (" The Fisher metric keeps a Gram matrix for every output as well; --metric activation needs less." if need.name == "1 emulator" and plan.settings.get("metric") == "fisher" else "")
+                         + (" Without --bits gradients this walk is not needed." if "bits" in need.name else ""))
             continue
         tries = {"activation checkpointing": {"checkpointing": True}, "a batch of 1": {"batch_size": 1, "checkpointing": True},
                  f"{settings['seq_len'] // 4} tokens": {"batch_size": 1, "checkpointing": True, "seq_len": max(1, settings["seq_len"] // 4)}}

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from .adapter import Adapter
+from .allocation import blame
 from .anchor import residuals
 from .backward import loss_gradient
 from .correct import Pieces, judge
@@ -30,7 +31,7 @@ from .walk import Walk
 # %% auto #0
 __all__ = ['BATCHES', 'Blank', 'Waiting', 'waiting_gradients', 'PaperWalk', 'book', 'on_paper', 'forks', 'first_waves', 'kind',
            'taken_forks', 'building_peaks', 'anchoring_peaks', 'main_linears', 'lora_pairs', 'PaperPieces',
-           'correcting_peaks', 'polishing_peaks']
+           'correcting_peaks', 'polishing_peaks', 'allocating_peaks']
 
 # %% ../nbs/39a_streamed.ipynb #e91d2fd1
 BATCHES = 2 # in a simulation
@@ -275,4 +276,23 @@ def polishing_peaks(
             optimizer_states(trained, ledger)
             ledger.moment = "a block runs"
             with mock.patch("emloc.polish.loss_gradient", waiting_gradients(ledger)): lora_gradient(PaperWalk(model, ledger, batch), {m: (A, B, 2.0) for m, (A, B) in pairs.items()})
+    return ledger.peaks
+
+def allocating_peaks(
+    model: nn.Module, # a skeleton with one or two blocks in its main list; changed in place
+    batch_size: int, # rows that go through a block together
+    seq_len: int, # tokens
+    completion: int | None = None, # positions of a row that have logits; by default all
+) -> dict: # {moment: {kind: bytes}}
+    "The walk that finds which weights turn the gradient: all differences of a block, and the graph of a batch through it."
+    ledger, shapes = book(model, batch_size, seq_len, "a block runs"), {n: dense_weight(m).shape for n, m in main_linears(model).items()}
+    def loss(walk):
+        ledger.moment = "logits and loss"
+        found = waiting_gradients(ledger)(walk)
+        ledger.moment = "back through a block"
+        return found
+    with pretend(ledger):
+        batch = fake_batch(model, batch_size, seq_len, completion)
+        with on_paper(batch, model), mock.patch("emloc.allocation.loss_gradient", loss):
+            blame(PaperWalk(model, ledger, batch), shapes, lambda name: torch.empty(shapes[name]))
     return ledger.peaks

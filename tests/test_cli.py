@@ -117,6 +117,13 @@ def test_bits_go_where_the_gradients_need_them(rows, llama, tmp_path):
     assert len(set(emulator_config(tmp_path / "emulator").bits.values())) > 1 and {p.name for p in tmp_path.iterdir()} == {"emulator"}
 
 
+def test_a_budget_and_bits_by_gradients_go_together(rows, llama, tmp_path, capsys):
+    assert main(["emulate", str(llama), str(rows), "--budget", "512MiB", "--max-length", "64", "--rows", "20", "--bits", "gradients", "--out", str(tmp_path / "emulator")]) == 0
+    assert "the largest ratio that fits 512MiB" in capsys.readouterr().out and {p.name for p in tmp_path.iterdir()} == {"emulator"}
+    assert main(["plan", str(llama), "--ratio", "0.15", "--bits", "gradients", "--seq-len", "64"]) == 0
+    assert "bits by gradients" in capsys.readouterr().out
+
+
 def test_new_emulators_are_for_rounds(stages, rows, tmp_path, capsys):
     assert main([*map(str, ["finetune", stages / "emulate", rows, "--anchor-again", 0, "--renew", "--out", tmp_path / "raw"])]) == 2
     assert "--renew" in capsys.readouterr().err and not list(tmp_path.iterdir())

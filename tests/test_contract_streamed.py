@@ -4,6 +4,7 @@ import torch
 from datasets import Dataset
 from torch.utils._pytree import tree_leaves
 
+from emloc.allocation import gradient_errors
 from emloc.anchor import anchor_bytes
 from emloc.arithmetic import any_machine
 from emloc.backward import loss_gradient
@@ -17,7 +18,7 @@ from emloc.rank import uniform
 from emloc.simulate import Ledger, shorten
 from emloc.spectrum import Gram
 from emloc import emulator, walk
-from emloc.streamed import building_peaks, kind, taken_forks
+from emloc.streamed import allocating_peaks, building_peaks, kind, taken_forks
 from emloc.walk import Walk
 
 ROWS, LENGTH, BATCH = 16, 40, 8
@@ -54,6 +55,24 @@ def test_a_simulated_build_holds_what_a_real_one_holds(models, family, form, met
     peaks = building_peaks(model, choice, BATCH, LENGTH, metric=metric, completion=6, taken=taken)
     real, simulated = (max(sum(p.values()) for p in found.values()) for found in (witness.peaks, peaks))
     assert 0.95 * real <= simulated <= 1.15 * real
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+def test_the_simulated_search_for_bits_holds_what_a_real_one_holds(models, family, tmp_path):
+    small = build_emulator(models[family], rows(), tmp_path / "emulator", batch_size=BATCH, form="quantized", ratio=0.15)
+    with any_machine(), Witness() as witness: gradient_errors(small, models[family], rows(), batch_size=BATCH)
+    peaks = allocating_peaks(shorten(bare_model(*find_config(models[family])), 2), BATCH, LENGTH, completion=6)
+    real, simulated = (max(sum(p.values()) for p in found.values()) for found in (witness.peaks, peaks))
+    assert 0.95 * real <= simulated <= 1.15 * real
+
+
+def test_a_plan_knows_the_search_for_bits(llama):
+    plan = lambda **more: plan_memory(llama, ratio=0.15, batch_size=2, seq_len=24, form="quantized", **more)
+    even, searched = plan(), plan(bits="gradients")
+    assert [s.name for s in searched.stages if s not in even.stages] == ["1 bits by gradients"] and searched.stage(2) == even.stage(2)
+    assert searched.stage(1).name == "1 emulator" and "1 bits by gradients" in repr(searched) and searched.settings["bits"] == "gradients"
+    for wrong in ({"bits": "gradients", "form": "lowrank"}, {"bits": "best", "form": "quantized"}):
+        with pytest.raises(EmlocError, match="bits"): plan_memory(llama, ratio=0.5, **wrong)
 
 
 def test_where_every_fork_costs_more_a_build_needs_more_and_a_run_writes_its_forks_down(models):
