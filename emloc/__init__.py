@@ -28,5 +28,5 @@ from emloc.rounds import Rounds
 
 def __getattr__(name):
     # modules that bring matplotlib and widgets are imported when they are asked for
-    if name in ("cli", "compare", "corrections", "demo", "easel", "explore", "explorers", "jobs", "monitor", "playground", "ranking", "spectra"): return import_module(f"emloc.{name}")
+    if name in ("cli", "commands", "compare", "corrections", "demo", "easel", "explore", "explorers", "jobs", "monitor", "playground", "ranking", "spectra"): return import_module(f"emloc.{name}")
     raise AttributeError(f"module 'emloc' has no attribute {name!r}")

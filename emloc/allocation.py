@@ -24,7 +24,7 @@ from .walk import Step, Walk
 
 # %% auto #0
 __all__ = ['BITS', 'ROWS', 'TOGETHER', 'OneOff', 'errors_in', 'blame', 'gradient_errors', 'rung_error', 'rounding_error',
-           'allocate_bits', 'build_allocated']
+           'allocate_bits', 'build_allocated', 'builder']
 
 # %% ../nbs/12b_allocation.ipynb #ded8ccbd
 class OneOff:
@@ -200,3 +200,10 @@ def build_allocated(
         note.unlink()
     team.wait_for_everyone()
     return out
+
+def builder(
+    form: str, # of the emulator
+    bits: str = "even", # of a quantized one, or gradients
+): # function as build_emulator, which need not be told again
+    "What builds such an emulator."
+    return build_allocated if bits == "gradients" else partial(build_emulator, form=form)

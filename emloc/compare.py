@@ -9,18 +9,16 @@ import json
 import statistics
 from collections import Counter
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from itertools import cycle
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 
-from .allocation import build_allocated
+from .allocation import builder
 from .anchor import compute_anchors
 from .correct import correct_adapter
 from .data import EmlocError, Task
-from .emulator import build_emulator
 from .evaluate import evaluate_task
 from .explore import BLUE, GREEN, GREY, ORANGE, PINK
 from .finetune import train_adapter, train_on_model, training_args
@@ -124,7 +122,7 @@ class Comparison:
         return count, list(of_last(linear_shapes(whole), None, block_names(whole), count)[0])
 
     def emulator(self, method: Method) -> Path:
-        s, build = self.setting, build_allocated if method.bits == "gradients" else partial(build_emulator, form=method.form)
+        s, build = self.setting, builder(method.form, method.bits)
         return self.made(f"emulator-{method.kind()}", lambda path: build(s.model, self.task.calibration(s.calibration), path, ratio=method.ratio or s.ratio, metric=method.metric, last=self.last(method)[0]))
 
     def anchors(self, method: Method):

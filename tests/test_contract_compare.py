@@ -30,8 +30,9 @@ def test_every_method_with_every_seed_and_nothing_twice(setting, task, tmp_path,
     assert all(r["rate"] == best[r["name"]] for r in found["rows"] if r["name"] in best)
     polished = next(p for p in (tmp_path / "out" / "1").iterdir() if p.name.endswith("-none-10"))
     assert "polish" in read_adapter(polished).info and read_adapter(polished).info["anchors"] == {"every": 1, "stored": "bfloat16", "again": 25}
-    for name in ("train_adapter", "train_on_model", "evaluate_task", "build_emulator", "polish_adapter"):
+    for name in ("train_adapter", "train_on_model", "evaluate_task", "polish_adapter"):
         monkeypatch.setattr(emloc.compare, name, lambda *args, **options: pytest.fail("done twice"))
+    monkeypatch.setattr(emloc.compare, "builder", lambda *_: lambda *args, **options: pytest.fail("built twice"))
     assert Comparison(task, tmp_path / "out", setting, say=lambda line: None).run(METHODS) == found
     with pytest.raises(EmlocError, match="another ratio"): Comparison(task, tmp_path / "out", replace(setting, ratio=0.3)).run(METHODS)
 

@@ -139,8 +139,8 @@ def test_it_is_planned(llama, task, tmp_path):
 
 
 def test_on_the_command_line(llama, task, tmp_path, monkeypatch, capsys):
-    from emloc import cli
-    monkeypatch.setattr(cli, "load_task", lambda _: task)
+    from emloc import cli, commands
+    monkeypatch.setattr(commands, "load_task", lambda _: task)
     words = lambda line: [w.format(tmp=tmp_path, model=llama) for w in line.split()]
     assert cli.main(words("emulate {model} kinds --ratio 0.1 --last-blocks 1 --out {tmp}/emulator")) == 0
     assert len(emulator_config(tmp_path / "emulator").bypassed) == 2 and "the last 1 blocks" in capsys.readouterr().out
