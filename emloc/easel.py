@@ -168,7 +168,8 @@ class Easel:
         painted = np.zeros(len(pixels), bool)
         for plot in axes:
             places, colours = self.layers[tuple(plot)]
-            if painted[places].any(): [axis.draw(renderer) for axis in plot.values()] # words of a plot reach over another one's
+            if painted[places].any(): # words of a plot reach over another one's
+                for axis in plot.values(): axis.draw(renderer)
             else: pixels[places] = colours
             painted[places] = True
         self.pixels = canvas.copy_from_bbox(figure.bbox)

@@ -137,8 +137,8 @@ def allocating(
     batch_size: int = TOGETHER, # of them go through a block together
 ) -> Need:
     "Bits by gradients: a walk forward and back, around an emulator with equal bits that is on disk until it is over."
-    blocks, all, batch = min(2, s.main), s.hidden(rows, seq_len), s.hidden(batch_size, seq_len)
-    return walking(s, "1 bits by gradients", allocating_peaks(s.whole(blocks), batch_size, seq_len, completion), (s.main + 2) * all, batch, blocks, disk=s.emulator_bytes(choice), more=batch, runtime="fisher")
+    all, batch = s.hidden(rows, seq_len), s.hidden(batch_size, seq_len)
+    return walking(s, "1 bits by gradients", allocating_peaks(s.whole(2), batch_size, seq_len, completion), (s.main + 2) * all, batch, disk=s.emulator_bytes(choice), more=batch, runtime="fisher")
 
 def correcting(
     s: Shapes,
