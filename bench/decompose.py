@@ -2,8 +2,9 @@
 
     python bench/decompose.py [--rows 256] [--ratio 0.25]
 
-Writes bench/results/decompose.json. The two take turns, weight by weight, so that noise of the machine hits both; our Gram matrices
-are those that stage 1 sums while the block runs, one for each distinct input, or of the outputs where that is less work.
+Writes bench/results/decompose.json. The two take turns, block by block, so that noise of the machine hits both; our Gram matrices
+are those that stage 1 sums while the block runs, one for each distinct input, or of the outputs where that is less work, and the
+weights of a block are factorised side by side. What the same takes one weight after the other is said too.
 
 Leave the thread libraries as they come: with OMP_WAIT_POLICY=PASSIVE eigenvectors took two to three times as long in both ways on the
 machine of the stored result, and a second BLAS with threads of its own (NumPy's, SciPy's) beside torch's made ours three times slower.
@@ -20,12 +21,14 @@ import machine
 import torch
 
 import emloc
-from emloc import emulator, output, walk
+from emloc import block, emulator, output, walk
+from emloc.block import divide, side_by_side, watched_inputs
 from emloc.model import dense_weight
 from emloc.rank import uniform
 from emloc.spectrum import Gram, decompose, truncate
 
 HERE = Path(__file__).parent
+IN_TURN = "ours, one weight after the other"
 
 
 def naive_gram(batches: list) -> torch.Tensor:
@@ -77,33 +80,44 @@ def against_naive(rows, ratio: float) -> dict:
     for step in walk.Walk(emloc.default_model(), rows):
         inputs = defaultdict(list)
         hooks = step.on_inputs(lambda names, x: inputs[names].append(x))
-        with emulator.watched_inputs(step) as grams, mock.patch.object(Gram, "add", lambda *args: clock(("gram", "ours"), add, *args)): step.run()
+        with watched_inputs(step) as grams, mock.patch.object(Gram, "add", lambda *args: clock(("gram", "ours"), add, *args)): step.run()
         hooks.remove()
         grams = {n: gram for names, gram in grams.items() for n in names}
         weights = {n: dense_weight(m) for n, m in step.linears.items()}
         ranks = uniform({n: w.shape for n, w in weights.items()}, ratio)
+        of = {n: batches for names, batches in inputs.items() for n in names}
+        def naive(n): return clock((tuple(weights[n].shape), "naive"), naive_factors, weights[n], clock(("gram", "naive"), naive_gram, of[n]), ranks[n])
+        def fast(n): return truncate(decompose(weights[n], grams[n], n, ranks[n]), ranks[n])
+        def in_turn(n): return clock((tuple(weights[n].shape), IN_TURN), fast, n)
+        def all_naive(): return {n: naive(n) for n in weights}
+        def all_ours():
+            for gram in grams.values(): gram._root = None # each way finds its own
+            [largest_first] = divide({n: w.shape for n, w in weights.items()}, 1)
+            return dict(zip(largest_first, clock(("all", "ours"), side_by_side, fast, largest_first, step.walk.device)))
+        def all_in_turn():
+            for gram in grams.values(): gram._root = None
+            return {n: in_turn(n) for n in weights}
+        ways = {"naive": all_naive, "ours": all_ours, IN_TURN: all_in_turn}
+        factors = {way: ways[way]() for way in (ways if step.index % 2 else reversed(ways))}
         for names, batches in inputs.items():
-            factors, truth = {}, Gram(batches[0].shape[-1], torch.float64)
+            truth = Gram(batches[0].shape[-1], torch.float64)
             for x in batches: truth.add(x)
             for n in names:
-                shape = tuple(weights[n].shape)
-                count[shape] += 1
-                def naive(): factors["naive"] = clock((shape, "naive"), naive_factors, weights[n], clock(("gram", "naive"), naive_gram, batches), ranks[n])
-                def ours(): factors["ours"] = clock((shape, "ours"), lambda: truncate(decompose(weights[n], grams[n], n, ranks[n]), ranks[n]))
-                for way in ((naive, ours) if step.index % 2 else (ours, naive)): way()
+                count[tuple(weights[n].shape)] += 1
                 exact = weights[n].double()
                 best = optimum(exact, truth.matrix, ranks[n])
-                for way in ("naive", "ours"): errors[way].append((excess(exact, truth.matrix, factors[way], best), n))
-        print(f"block {step.index}: " + ", ".join(f"{way} {sum(s for (_, w), s in clock.items() if w == way):.1f} s" for way in ("naive", "ours")), flush=True)
+                for way in ways: errors[way].append((excess(exact, truth.matrix, factors[way][n], best), n))
+        print(f"block {step.index}: " + ", ".join(f"{way} {sum(s for (_, w), s in clock.items() if w == way):.1f} s" for way in ways), flush=True)
     report = {"weights": sum(count.values()), "shapes": []}
-    for way in ("naive", "ours"):
-        decomposition = sum(clock[shape, way] for shape in count)
-        report[way] = {"gram_seconds": clock["gram", way], "decompose_seconds": decomposition, "seconds": clock["gram", way] + decomposition,
+    for way in errors:
+        gram = clock["gram", "naive" if way == "naive" else "ours"]
+        decomposition = sum(s for (key, w), s in clock.items() if w == way and key != "gram")
+        report[way] = {"gram_seconds": gram, "decompose_seconds": decomposition, "seconds": gram + decomposition,
                        "worst_excess": max(errors[way])[0], "worst_weight": max(errors[way])[1], "mean_excess": sum(e for e, _ in errors[way]) / len(errors[way])}
     report["ratio"] = report["naive"]["seconds"] / report["ours"]["seconds"]
     report["ratio_without_grams"] = report["naive"]["decompose_seconds"] / report["ours"]["decompose_seconds"]
     for shape, n in count.items():
-        report["shapes"].append({"shape": shape, "weights": n, **{f"{way}_ms": clock[shape, way] / n * 1e3 for way in ("naive", "ours")}, "ratio": clock[shape, "naive"] / clock[shape, "ours"]})
+        report["shapes"].append({"shape": shape, "weights": n, **{f"{way}_ms": clock[shape, way] / n * 1e3 for way in ("naive", IN_TURN)}, "ratio": clock[shape, "naive"] / clock[shape, IN_TURN]})
     return report
 
 
@@ -124,7 +138,7 @@ def shares(rows, ratio: float) -> dict:
                 if inside: clock[inside[-1]] -= seconds
         setattr(owner, name, wrapper)
         return owner, name, own
-    patched = [timed(walk.Step, "run", "forward"), timed(Gram, "add", "Gram matrices"), timed(emulator, "decompose", "decomposition"), timed(emulator, "truncate", "decomposition"),
+    patched = [timed(walk.Step, "run", "forward"), timed(Gram, "add", "Gram matrices"), timed(block, "side_by_side", "decomposition"),
                timed(emulator, "finish_emulator", "input/output"), timed(emulator, "save_file", "input/output"), timed(output, "write_json", "input/output"),
                timed(output, "finish_directory", "input/output"), timed(walk.Walk, "save", "input/output"), timed(walk, "fill", "input/output")]
     start = time.perf_counter()
@@ -142,12 +156,12 @@ def table(report: dict) -> str:
     both, settings = report["against_naive"], report["settings"]
     lines = [f"SmolLM2-135M-Instruct, {both['weights']} weights, ratio {settings['ratio']:g}, {settings['rows']} rows of BBC News, {settings['threads']} threads", "",
              "| | Gram matrices, s | decomposition, s | both, s | worst excess error | mean excess error |", "| --- | --- | --- | --- | --- | --- |"]
-    for way in ("naive", "ours"):
+    for way in ("naive", "ours", IN_TURN):
         r = both[way]
         lines.append(f"| {way} | {r['gram_seconds']:.1f} | {r['decompose_seconds']:.1f} | {r['seconds']:.1f} | {r['worst_excess']:.1e} | {r['mean_excess']:.1e} |")
     lines += [f"| ratio | {both['naive']['gram_seconds'] / both['ours']['gram_seconds']:.1f} | {both['ratio_without_grams']:.1f} | {both['ratio']:.1f} | | |", "",
-              "| weights of shape | naive, ms | ours, ms | ratio |", "| --- | --- | --- | --- |"]
-    lines += [f"| {s['weights']} × {tuple(s['shape'])} | {s['naive_ms']:.0f} | {s['ours_ms']:.0f} | {s['ratio']:.1f} |" for s in both["shapes"]]
+              "| weights of shape, one after the other | naive, ms | ours, ms | ratio |", "| --- | --- | --- | --- |"]
+    lines += [f"| {s['weights']} × {tuple(s['shape'])} | {s['naive_ms']:.0f} | {s[f'{IN_TURN}_ms']:.0f} | {s['ratio']:.1f} |" for s in both["shapes"]]
     lines += ["", f"| stage 1: {report['stage1']['seconds']:.0f} s | seconds | share |", "| --- | --- | --- |"]
     lines += [f"| {key} | {part['seconds']:.1f} | {part['share']:.0%} |" for key, part in report["stage1"]["parts"].items()]
     return "\n".join([*lines, "", f"({machine.line(report['machine'])})"])

@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 from transformers.pytorch_utils import Conv1D
 
 # %% auto #0
-__all__ = ['PIECE', 'SHORT', 'has_units', 'any_machine', 'working_dtype', 'scratch', 'forget_scratch', 'pieces', 'in_float32',
-           'WideProduct', 'product', 'short_attention', 'quicken', 'load_whole']
+__all__ = ['PIECE', 'SHORT', 'has_units', 'any_machine', 'planning', 'working_dtype', 'scratch', 'forget_scratch', 'pieces',
+           'in_float32', 'WideProduct', 'product', 'short_attention', 'quicken', 'load_whole']
 
 # %% ../nbs/01a_arithmetic.ipynb #435f1529
 @lru_cache
@@ -39,11 +39,13 @@ def any_machine():
     try: yield
     finally: _any_machine.pop()
 
+def planning() -> bool: return bool(_any_machine)
+
 def working_dtype(
     x: torch.Tensor, # that is to be multiplied
 ) -> torch.dtype:
     "Its own, or float32 where this machine has no instructions for that."
-    return x.dtype if _any_machine or has_units(x.dtype, x.device.type) else torch.float32
+    return x.dtype if planning() or has_units(x.dtype, x.device.type) else torch.float32
 
 # %% ../nbs/01a_arithmetic.ipynb #08261b61
 _scratch = threading.local()
@@ -55,7 +57,7 @@ def scratch(
     use: str, # what for: two that are needed at the same time must not have the same
 ) -> torch.Tensor: # of that shape, on a CPU in the same memory each time, until the next call for the same use
     "Memory for what is only needed for a moment. GPUs have an allocator that does this by itself."
-    if device.type != "cpu" or _any_machine: return torch.empty(shape, dtype=dtype, device=device)
+    if device.type != "cpu" or planning(): return torch.empty(shape, dtype=dtype, device=device)
     kept, size = vars(_scratch), torch.Size(shape).numel()
     if (use, dtype) not in kept or len(kept[use, dtype]) < size:
         with torch.inference_mode(False): kept[use, dtype] = torch.empty(size, dtype=dtype, device=device)
@@ -110,7 +112,7 @@ def short_attention(
     dtype: torch.dtype, # that attention is computed in
 ):
     "For the duration of the `with`, forward and backward, attention in plain products where the gradient of torch's own is slower: short rows of bfloat16 numbers on a CPU with instructions for them."
-    if device.type != "cpu" or tokens > SHORT or dtype != torch.bfloat16 or not (_any_machine or has_units(dtype)): yield; return
+    if device.type != "cpu" or tokens > SHORT or dtype != torch.bfloat16 or not (planning() or has_units(dtype)): yield; return
     allow, before = torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp, torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed() # not only for CUDA
     allow(True) # otherwise the products would be in float32
     try:

@@ -8,153 +8,32 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate.utils import gather_object, reduce
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
 
 from .adapter import pairs_hash, with_lora
 from .backward import loss_gradient
+from .block import Seen, add_up, build_block, look_forward, pass_by, watched_inputs
 from .data import EmlocError, rows_hash
-from .fisher import METRICS, Gradients, decompose_fisher, output_gradients
+from .fisher import METRICS, Gradients, output_gradients
 from .lowrank import EmulatorConfig, LowRankLinear
-from .model import dense_weight, find_model, give_back, linear_shapes, read_header
+from .model import find_model, give_back, linear_shapes, read_header
 from .output import Run, check_out, processes, write_json
 from .packed import layout, overhead
 from .rank import check_ratio, of_last, uniform
-from .rounding import quantize
-from .spectrum import Gram, Spectrum, decompose, truncate
-from .walk import Step, Walk
+from .spectrum import Spectrum
+from .walk import Walk
 
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'FORMS', 'README', 'Seen', 'add_up', 'watched_inputs', 'look_forward', 'divide', 'BuiltBlock', 'pass_by',
-           'build_block', 'forward_pass', 'backward_pass', 'built_pass', 'choose_bits', 'choose_ranks',
+__all__ = ['log', 'FORMS', 'README', 'forward_pass', 'backward_pass', 'built_pass', 'choose_bits', 'choose_ranks',
            'finish_emulator', 'block_file', 'check_calibration', 'build_emulator', 'collect_spectra', 'load_spectra']
-
-# %% ../nbs/12_emulator.ipynb #22209ff4
-@dataclass
-class Seen:
-    "What a block's linears saw on the calibration rows, in all processes together."
-    inputs: dict # {module: Gram (in, in)}; linears with the same input share one, and where that is less the outputs have one each, (out, out)
-    gradients: dict | None = None # {module: Gradients}, for the Fisher metric
-
-def add_up(
-    own: dict, # {names of the linears that share it: Gram} of this process
-    step: Step, # the block
-    make=Gram, # what they are
-) -> dict: # {module: Gram}
-    "Sums over the processes."
-    known = {n: (group, width) for group, width in reversed(gather_object([(group, g.width) for group, g in own.items()])) for n in group} # by all processes
-    grams = {}
-    for group, width in dict.fromkeys(known[n] for n in step.linears if n in known):
-        gram = own.get(group) or make(width, device=step.walk.device)
-        if processes().num_processes > 1: # alone it would be a copy
-            gram.count = sum(gather_object([gram.count]))
-            for part in ("matrix", "trace"):
-                if hasattr(gram, part): setattr(gram, part, reduce(getattr(gram, part), "sum"))
-        grams |= dict.fromkeys(group, gram)
-    return grams
-
-@contextmanager
-def watched_inputs(
-    step: Step, # a block in memory, before it runs
-    always: bool = False, # inputs, even where the outputs are less work
-): # gives {names: Gram} of this process, which fill while the block runs
-    "Sum the Gram matrix of every distinct input, or of the outputs of the linears that read it, for the duration of the `with`."
-    own, outputs = {}, {n: [] for n, m in step.linears.items() if not always and len(dense_weight(m)) < dense_weight(m).shape[1]}
-    def keep(name):
-        def hook(module, args, y): outputs[name].append(y.detach() if module.bias is None else y.detach().float() - module.bias)
-        return hook
-    def gram(group, width, device):
-        if group not in own: own[group] = Gram(width, device=device)
-        return own[group]
-    def add(names, x):
-        found = {n: outputs[n].pop(0) for n in names if n in outputs}
-        if len(found) < len(names) or sum(y.shape[-1] ** 2 for y in found.values()) >= x.shape[-1] ** 2: gram(names, x.shape[-1], x.device).add(x)
-        else:
-            for n, y in found.items(): gram((n,), y.shape[-1], x.device).add_outputs(x, step.unpadded(y), dense_weight(step.linears[n]))
-    hooks = [step.on_inputs(add), *(step.linears[n].register_forward_hook(keep(n), prepend=True) for n in outputs)] # before a LoRA changes them
-    yield own
-    for hook in hooks: hook.remove()
-
-def look_forward(
-    step: Step, # a block in memory, before it has run
-    always: bool = False, # as above
-) -> Seen:
-    "Run a block on the calibration rows, for the activation-aware factors."
-    with watched_inputs(step, always) as own: step.run()
-    return Seen(add_up(own, step))
-
-def divide(
-    shapes: dict, # {name: (out, in)}
-    parts: int, # processes
-) -> list: # names of each part
-    "Weights to factorise, spread so that every part costs about the same (the smaller side squared, times the larger)."
-    costs, shares = {n: min(shape) ** 2 * max(shape) for n, shape in shapes.items()}, [[] for _ in range(parts)]
-    for name in sorted(costs, key=costs.get, reverse=True): min(shares, key=lambda names: sum(map(costs.get, names))).append(name)
-    return shares
-
-# %% ../nbs/12_emulator.ipynb #ae0905e8
-@dataclass
-class BuiltBlock:
-    "An emulated block."
-    tensors: dict # {tensor name: tensor}
-    sigmas: dict # {module: sigma (k,)}, and {module.rest: energy of the directions whose sigma is not listed}
-    errors: dict # {module: relative output error, or in the Fisher metric error in the loss}
-
-    def __repr__(self):
-        worst = max(self.errors, key=self.errors.get, default=None)
-        if worst is None: return "all linears dense" if self.tensors else "not in the emulator"
-        return f"mean error {sum(self.errors.values()) / len(self.errors):.3f}, worst {self.errors[worst]:.3f} at {'.'.join(worst.split('.')[-2:])}"
-
-def pass_by(
-    step: Step, # a block in memory that the emulator does without
-    metric: str, # fisher: it has run already, on the way forward
-) -> BuiltBlock: # nothing
-    "Run a block, and build nothing."
-    if metric != "fisher": step.run()
-    return BuiltBlock({}, {}, {})
-
-def build_block(
-    step: Step, # a block in memory
-    ranks: dict, # {module name: rank}
-    look=look_forward, # function (step) -> Seen
-    bits: dict | None = None, # {module name: bits}, of those that are rounded instead
-) -> BuiltBlock: # the same in every process
-    "Run a block on the calibration rows and factorise or round its linears."
-    bits, seen, team, pairs, sigmas, errors = bits or {}, look(step), processes(), {}, {}, {}
-    missing = set(step.linears) - set(seen.inputs)
-    if missing: raise EmlocError(f"{sorted(missing)[0]}: no calibration token reached this layer, so it cannot be emulated; give more or other rows")
-    mine = divide({n: tuple(dense_weight(m).shape) for n, m in step.linears.items()}, team.num_processes)[team.process_index]
-    for name in reversed(mine): # the largest last, when most Gram matrices have gone
-        give_back() # what the weight before it held
-        weight = dense_weight(step.linears[name])
-        wanted = (name, ranks.get(name, 0))
-        gram, gradients = seen.inputs.pop(name), (seen.gradients or {}).pop(name, None)
-        if name in bits:
-            layer, errors[name] = quantize(weight, gram, bits[name], name, gradients=gradients)
-            pairs |= {f"{name}.{n}": t.cpu() for n, t in layer.state_dict().items()}
-            continue
-        spectrum = decompose_fisher(weight, gram, gradients, *wanted) if gradients else decompose(weight, gram, *wanted)
-        sigmas |= {name: spectrum.sigma.float().cpu(), f"{name}.rest": torch.tensor(spectrum.rest)}
-        if name not in ranks: continue
-        U, V = truncate(spectrum, ranks[name])
-        pairs[f"{name}.U"], pairs[f"{name}.V"] = U.to(weight.dtype).cpu(), V.to(weight.dtype).cpu()
-        errors[name] = spectrum.error(ranks[name])
-        del spectrum, U, V
-    tensors = {f"{step.name}.{n}": p for n, p in step.block.state_dict().items() if f"{step.name}.{n.removesuffix('.weight')}" not in {*ranks, *bits}}
-    tensors = {n: t.detach().contiguous().cpu() for n, t in tensors.items()}
-    for found in gather_object([(pairs, sigmas, errors)]):
-        for own, theirs in zip((tensors, sigmas, errors), found): own |= theirs
-    return BuiltBlock(tensors, sigmas, errors)
 
 # %% ../nbs/12_emulator.ipynb #6ee559e4
 def forward_pass(

@@ -13,7 +13,7 @@ import traitlets
 from tqdm.auto import tqdm
 
 from .data import EmlocError
-from .emulator import look_forward
+from .block import look_forward
 from .explore import BLUE, ORANGE, RED, by_block
 from .explorers import Explorer
 from .model import dense_weight, find_model

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -70,7 +71,7 @@ class Gram:
     ):
         self._sum = torch.zeros(in_features, in_features, dtype=dtype, device=device)
         self.count = 0 # rows added so far
-        self._root, self._mirrored, self._loud, self._weight = None, True, [], None
+        self._root, self._mirrored, self._loud, self._weight, self._lock = None, True, [], None, threading.RLock() # weights that share it may be factorised at the same time
 
     def add(
         self,
@@ -111,9 +112,10 @@ class Gram:
     @property
     def matrix(self) -> torch.Tensor: # (in, in)
         "The sum."
-        if self._loud: self._add_loud()
-        if not self._mirrored: mirror(self._sum)
-        self._mirrored = True
+        with self._lock:
+            if self._loud: self._add_loud()
+            if not self._mirrored: mirror(self._sum)
+            self._mirrored = True
         return self._sum
 
     @matrix.setter
@@ -130,15 +132,17 @@ class Gram:
         damping: float = 1e-6, # smallest eigenvalue kept, relative to the largest, where Cholesky fails
     ) -> torch.Tensor: # S (in, in) with S Sᵀ = G
         "A square root of the Gram matrix: Cholesky's, or if G is too near to singular one from its eigenvectors. Computed once for all weights with this input."
-        if self._root is None:
-            damped = self.matrix.clone()
-            damped.diagonal().mul_(1 + torch.finfo(damped.dtype).eps)
-            root, failed = torch.linalg.cholesky_ex(damped)
-            if failed:
-                values, vectors = eigh(self.matrix)
-                root = vectors * values.clamp_min(max(float(values[-1]) * damping, torch.finfo(values.dtype).tiny)).sqrt()
-            self._root = root
+        with self._lock:
+            if self._root is None: self._root = self._find_root(damping)
         return self._root
+
+    def _find_root(self, damping: float) -> torch.Tensor:
+        damped = self.matrix.clone()
+        damped.diagonal().mul_(1 + torch.finfo(damped.dtype).eps)
+        root, failed = torch.linalg.cholesky_ex(damped)
+        if not failed: return root
+        values, vectors = eigh(self.matrix)
+        return vectors * values.clamp_min(max(float(values[-1]) * damping, torch.finfo(values.dtype).tiny)).sqrt()
 
 # %% ../nbs/10_spectrum.ipynb #e59363f2
 def eigh(
@@ -262,9 +266,7 @@ def factorise(
         for strip in strips(in_, 1024): add_symmetric(small, scaled[:, strip].T, (scaled @ matrix[:, strip].to(dtype)).T)
     else:
         root = (gram if dtype == matrix.dtype else gram.double()).root().to(weight.device)
-        rows, unit = (scaled, 1.0) if dtype == torch.float64 else (weight / size, spread * spread) # a product of bfloat16 numbers is fast
-        add_symmetric(small, root, Gram(in_, dtype, weight.device).add(rows).matrix @ root)
-        small /= unit
+        add_symmetric(small, root, Gram(in_, dtype, weight.device).add(scaled).matrix @ root)
     try: energy, left = leading(small, k)
     except torch.linalg.LinAlgError as error:
         raise EmlocError(f"{name}: the eigendecomposition did not converge, not even in float64 ({error}); try other calibration rows") from error

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from contextlib import contextmanager
 from types import SimpleNamespace
 from unittest import mock
@@ -17,8 +18,9 @@ from .adapter import Adapter
 from .allocation import blame
 from .anchor import residuals
 from .backward import loss_gradient
+from .block import build_block
 from .correct import Pieces, judge
-from .emulator import build_block, built_pass
+from .emulator import built_pass
 from .fisher import decompose_fisher
 from .lowrank import chosen
 from .model import Conv1D, dense_weight, linears
@@ -125,23 +127,23 @@ def forks(
     decide, # function (what, name of the weight, own) -> bool; own() says what the numbers say
 ):
     "Ask a function wherever a decomposition may have to do more: `krylov` (all eigenvectors instead), `cholesky` (eigenvectors instead), `float64` (everything again)."
-    cholesky, name = torch.linalg.cholesky_ex, ""
+    class At(threading.local): name = "" # several weights may be under way
+    cholesky, at = torch.linalg.cholesky_ex, At()
     def named(function):
         def call(weight, *args):
-            nonlocal name
-            name = args[-2]
+            at.name = args[-2]
             return function(weight, *args)
         return call
     def tried(matrix, k):
         found = krylov(matrix, k)
-        if decide("krylov", name, lambda: found is None): return None
+        if decide("krylov", at.name, lambda: found is None): return None
         return found or (matrix.new_empty(k), matrix.new_empty(len(matrix), k))
     def root(matrix):
         found, failed = cholesky(matrix)
-        return found, decide("cholesky", name, lambda: bool(failed))
+        return found, decide("cholesky", at.name, lambda: bool(failed))
     def by_qr(columns): return torch.linalg.qr(columns)[0] # takes as much
-    def lossy(energy, k): return energy.dtype != torch.float64 and decide("float64", name, lambda: lost(energy, k))
-    with mock.patch.multiple("emloc.emulator", decompose=named(decompose), decompose_fisher=named(decompose_fisher)), \
+    def lossy(energy, k): return energy.dtype != torch.float64 and decide("float64", at.name, lambda: lost(energy, k))
+    with mock.patch.multiple("emloc.block", decompose=named(decompose), decompose_fisher=named(decompose_fisher)), \
          mock.patch.multiple("emloc.spectrum", krylov=tried, unit_columns=by_qr, lost=lossy), mock.patch("torch.linalg.cholesky_ex", root): yield
 
 def first_waves(groups, turns): # what `waves` gives; of thousands of tiles the first has the most columns and outputs to carry on to
