@@ -9,7 +9,7 @@ from importlib import import_module
 # core that is milliseconds for a product of microseconds (bench/waiting.py). 1000 is libgomp's own choice for cores that are wanted twice.
 if "torch" not in sys.modules and not {"GOMP_SPINCOUNT", "OMP_WAIT_POLICY"} & os.environ.keys(): os.environ["GOMP_SPINCOUNT"] = "1000"
 
-from emloc import adapter, allocation, anchor, backward, correct, data, emulator, evaluate, finetune, fisher, geometry, lowrank, memory, merge, model, output, pairlora, plan, polish, rank, rounds, simulate, spectrum, tasks, walk
+from emloc import adapter, allocation, anchor, backward, block, correct, data, emulator, evaluate, finetune, fisher, geometry, lowrank, memory, merge, model, output, pairlora, plan, polish, rank, rounds, simulate, spectrum, tasks, walk
 from emloc.allocation import build_allocated
 from emloc.anchor import compute_anchors
 from emloc.correct import correct_adapter

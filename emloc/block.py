@@ -5,9 +5,11 @@
 # %% ../nbs/11b_block.ipynb #c8c80235
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
+import os
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from accelerate.utils import gather_object, reduce
@@ -19,11 +21,11 @@ from .model import dense_weight, give_back
 from .output import processes
 from .rounding import quantize
 from .spectrum import Gram, decompose, truncate
-from .walk import Step, Walk
+from .walk import Step
 
 # %% auto #0
 __all__ = ['SMALL', 'Seen', 'add_up', 'watched_inputs', 'look_forward', 'divide', 'BuiltBlock', 'pass_by', 'build_linear',
-           'side_by_side', 'build_block']
+           'threads', 'side_by_side', 'build_block']
 
 # %% ../nbs/11b_block.ipynb #22209ff4
 @dataclass
@@ -132,6 +134,15 @@ def build_linear(
     return BuiltBlock({f"{name}.U": U, f"{name}.V": V}, sigmas, {name: spectrum.error(size)})
 
 # %% ../nbs/11b_block.ipynb #c7af9ece
+@lru_cache
+def threads(
+    count: int,
+) -> ThreadPoolExecutor:
+    "They stay, with the memory that they have worked in."
+    return ThreadPoolExecutor(count, "emloc")
+
+os.register_at_fork(after_in_child=threads.cache_clear) # where they are not
+
 def side_by_side(
     work, # function (item) -> result
     items: list, # the largest first
@@ -141,9 +152,16 @@ def side_by_side(
     cores = torch.get_num_threads()
     workers = min(cores, len(items))
     if workers < 2 or device.type != "cpu" or planning(): return [work(item) for item in items]
+    def alone(item):
+        torch.set_num_threads(cores // workers) # of this thread
+        return work(item)
+    begun = [threads(workers).submit(alone, item) for item in items]
     try:
-        with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(cores // workers,)) as pool: return list(pool.map(work, items))
-    finally: torch.set_num_threads(cores) # what threads that begin later will have
+        wait(begun)
+        return [one.result() for one in begun]
+    finally:
+        for one in begun: one.cancel() # those that wait, when this was interrupted
+        torch.set_num_threads(cores) # what threads that begin later will have
 
 # %% ../nbs/11b_block.ipynb #1067a542
 SMALL = 2 ** 20 # numbers of a weight that does not keep all cores busy

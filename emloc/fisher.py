@@ -9,7 +9,7 @@ import torch
 
 from .backward import back_through
 from .model import dense_weight
-from .spectrum import Gram, Spectrum, decompose, power_of_two
+from .spectrum import Gram, Spectrum, decompose, largest, power_of_two
 from .walk import Step
 
 METRICS = ("activation", "fisher")
@@ -69,7 +69,7 @@ def decompose_fisher(
 ) -> Spectrum: # its left columns are not orthonormal; with all directions, weight = left @ right
     "The spectrum of a weight in the Fisher metric. Raises `EmlocError` when the weight or its inputs are not finite."
     (out, in_), weight = weight.shape, weight.to(gram.matrix.dtype)
-    for tensor, what in ((weight, "the weight has"), (gradients.matrix, "its output gradients on the calibration rows have")): power_of_two(float(tensor.abs().amax()), f"{name}: {what}")
+    for tensor, what in ((weight, "the weight has"), (gradients.matrix, "its output gradients on the calibration rows have")): power_of_two(largest(tensor), f"{name}: {what}")
     if out > in_:
         root = tall_root(weight, gradients)
         found = decompose(root.to(weight), gram, name, rank)

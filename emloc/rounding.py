@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from .arithmetic import forget_scratch
 from .data import EmlocError
 from .packed import GROUP, QuantizedLinear, as_stored, gaussian_levels, layout
-from .spectrum import Gram, power_of_two
+from .spectrum import Gram, largest, power_of_two
 
 # %% auto #0
 __all__ = ['LARGEST', 'TURNS', 'STRIP', 'level_table', 'nearest', 'best_scales', 'carry_matrix', 'by_loudness', 'round_group',
@@ -167,7 +167,7 @@ def quantize(
     "A weight in so many bits. Raises `EmlocError` when weight, inputs or gradients are not finite, and for bits that cannot be."
     out, in_ = weight.shape
     parts = layout((out, in_), bits)
-    power_of_two(float(weight.abs().amax()), f"{name}: the weight has")
+    power_of_two(largest(weight), f"{name}: the weight has")
     matrix = gram.matrix.to(weight.device)
     if len(matrix) != in_: raise EmlocError(f"{name}: a Gram matrix of width {len(matrix)} is not that of the {in_} inputs, which rounding needs")
     power_of_two(float(matrix.diagonal().amax()), f"{name}: its inputs on the calibration rows have")

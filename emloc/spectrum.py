@@ -16,8 +16,8 @@ from .arithmetic import PIECE, scratch
 from .data import EmlocError
 
 # %% auto #0
-__all__ = ['NARROW', 'TILED', 'strips', 'add_symmetric', 'mirror', 'fast_products', 'Gram', 'eigh', 'Spectrum', 'krylov',
-           'leading', 'unit_columns', 'lost', 'power_of_two', 'factorise', 'decompose', 'truncate']
+__all__ = ['NARROW', 'TILED', 'strips', 'add_symmetric', 'mirror', 'fast_products', 'Gram', 'largest', 'eigh', 'Spectrum',
+           'krylov', 'leading', 'unit_columns', 'lost', 'power_of_two', 'factorise', 'decompose', 'truncate']
 
 # %% ../nbs/10_spectrum.ipynb #a8f4e49b
 NARROW = 96 # rows of a strip
@@ -145,11 +145,16 @@ class Gram:
         return vectors * values.clamp_min(max(float(values[-1]) * damping, torch.finfo(values.dtype).tiny)).sqrt()
 
 # %% ../nbs/10_spectrum.ipynb #e59363f2
+def largest(x: torch.Tensor) -> float: # NaN where one is
+    "The largest absolute value."
+    low, high = torch.aminmax(x)
+    return max(-float(low), float(high))
+
 def eigh(
     matrix: torch.Tensor, # symmetric (n, n); what is above the diagonal is not read
 ) -> tuple: # eigenvalues (n,) ascending, eigenvectors (n, n) in columns
     "Symmetric eigendecomposition; if the first try fails, once more in float64 on the CPU."
-    if not torch.isfinite(matrix).all():
+    if not math.isfinite(largest(matrix)):
         raise EmlocError("the matrix to decompose has NaN or infinite entries; the weight or its inputs are damaged")
     try: return torch.linalg.eigh(matrix)
     except torch.linalg.LinAlgError:
@@ -257,7 +262,7 @@ def factorise(
     "One attempt; what it held is free again when it returns."
     (out, in_), matrix, n = weight.shape, gram.matrix.to(weight.device), min(weight.shape)
     outputs = gram.width < in_
-    size = power_of_two(float(weight.abs().amax()), f"{name}: the weight has")
+    size = power_of_two(largest(weight), f"{name}: the weight has")
     spread = power_of_two(float(matrix.diagonal().amax()) ** 0.5, f"{name}: its {'outputs' if outputs else 'inputs'} on the calibration rows have")
     if outputs: size = 1.0
     scaled, small = weight.to(dtype, copy=True).div_(size * spread), matrix.new_zeros(n, n, dtype=dtype)

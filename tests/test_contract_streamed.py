@@ -17,7 +17,7 @@ from emloc.plan import plan_memory
 from emloc.rank import uniform
 from emloc.simulate import Ledger, shorten
 from emloc.spectrum import Gram
-from emloc import emulator, walk
+from emloc import block, walk
 from emloc.streamed import allocating_peaks, building_peaks, kind, taken_forks
 from emloc.walk import Walk
 
@@ -86,8 +86,8 @@ def test_where_every_fork_costs_more_a_build_needs_more_and_a_run_writes_its_for
     scale = torch.ones(32)
     scale[0] = 1e5
     with taken_forks() as taken:
-        emulator.decompose(torch.randn(16, 32), Gram(32).add(torch.randn(200, 32)), "easy", 8)
-        emulator.decompose(torch.randn(16, 32), Gram(32).add(torch.randn(200, 32) * scale), "hard", 8)
+        block.decompose(torch.randn(16, 32), Gram(32).add(torch.randn(200, 32)), "easy", 8)
+        block.decompose(torch.randn(16, 32), Gram(32).add(torch.randn(200, 32) * scale), "hard", 8)
     assert taken == {("float64", "hard")}
 
 
