@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import machine
-from emloc.compare import METHODS, Comparison, Setting, comparison_table, in_order, share_figure
+from emloc.compare import METHODS, Comparison, Method, Setting, comparison_table, in_order, share_figure
 from emloc.data import Task, load_task
 from emloc.output import write_json
 
@@ -21,6 +21,17 @@ RESULTS = HERE / "results" / "recovered.json"
 TITLES = {"bbc": "BBC News: one of 5 sections", "wordnet": "WordNet glosses: one of 15 kinds", "inflect": "lemminflect: inflected forms, exact match",
           "python": "documentation of Python: language modelling, all tokens"}
 SHORT = {"bbc": "BBC News", "wordnet": "glosses", "inflect": "inflection", "python": "Python"}
+
+
+class Unmixed(Method):
+    "What was measured before the inputs of quantized weights were mixed: scores stay, it cannot be run again."
+    def kind(self) -> str: return super().kind().replace("rotated", "quantized", 1)
+
+
+def unmixed(method: Method) -> Method: return Unmixed(**{**vars(method), "name": f"{method.name}, inputs not mixed"})
+
+
+BEFORE = [unmixed(m) for m in METHODS if m.form == "quantized" and m.every and not (m.polish and m.ratio)]
 
 
 def recall(name: str, task: Task, out: Path, setting: Setting):
@@ -61,7 +72,7 @@ def summary(found: dict, about: dict) -> str:
 def chosen(comparison: Comparison) -> list:
     "Rows of the methods that were validated, if the learning rate of LoRA on the model was chosen among several."
     if len(comparison.validated(METHODS[0])) < 2: return []
-    return comparison.rows([method for method in METHODS if comparison.validated(method)])
+    return comparison.rows([method for method in METHODS + BEFORE if comparison.validated(method)])
 
 
 def of_chosen(found: dict) -> str:
@@ -106,7 +117,7 @@ if __name__ == "__main__":
         every = Setting(**json.loads(file.read_text())["setting"])
         first, all_rates = (Comparison(task, file.parent, s) for s in (replace(every, rates=every.rates[:1]), every))
         for comparison in (first, all_rates): comparison.begin()
-        rows = first.rows(METHODS)
+        rows = first.rows(METHODS + BEFORE)
         if rows: found[name] = {"setting": first.known["setting"], "scores": first.known["scores"], "rows": rows, "chosen": chosen(all_rates), "markdown": comparison_table(rows, first.score(None))}
     brief = summary(found, about)
     markdown = f"{brief}\n\n{of_chosen(found)}{details(found)}"

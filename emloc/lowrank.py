@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -49,8 +50,9 @@ class LowRankLinear(nn.Module):
 # %% ../nbs/04_lowrank.ipynb #047cd7c8
 class EmulatorConfig(QuantizationConfigMixin):
     "What config.json says of an emulator: ranks or bits by module name, and the model that it emulates."
-    def __init__(self, ranks=None, base_model=None, base_fingerprint=None, ratio=None, metric="activation", bits=None, bypassed=None, **kwargs):
+    def __init__(self, ranks=None, base_model=None, base_fingerprint=None, ratio=None, metric="activation", bits=None, bypassed=None, rotated=False, **kwargs):
         self.quant_method = "emloc"
+        self.rotated = rotated # the inputs of weights in bits are mixed; in older emulators they are not
         self.bypassed = bypassed or {} # {block that is not there: whether its output comes in a tuple}
         self.bits, self.ranks, self.base_model, self.base_fingerprint, self.ratio, self.metric = bits or {}, ranks or {}, base_model, base_fingerprint, ratio, metric
 
@@ -115,7 +117,7 @@ def chosen(
     choice: dict, # {module name: rank, a whole number, or bits, a float}
 ) -> EmulatorConfig:
     "Ranks and bits apart."
-    return EmulatorConfig({n: k for n, k in choice.items() if isinstance(k, int)}, bits={n: k for n, k in choice.items() if not isinstance(k, int)})
+    return EmulatorConfig({n: k for n, k in choice.items() if isinstance(k, int)}, bits={n: k for n, k in choice.items() if not isinstance(k, int)}, rotated=True)
 
 def put_emulated(
     model: nn.Module, # a model or skeleton, changed in place
@@ -126,7 +128,7 @@ def put_emulated(
     for name, size in (config.ranks | config.bits).items():
         linear = model.get_submodule(name)
         out, in_ = dense_weight(linear).shape
-        kind, size = (LowRankLinear, size) if name in config.ranks else (QuantizedLinear, layout((out, in_), size))
+        kind, size = (LowRankLinear, size) if name in config.ranks else (partial(QuantizedLinear, rotated=config.rotated), layout((out, in_), size))
         model.set_submodule(name, kind(in_, out, size, linear.bias is not None, linear.weight.device, linear.weight.dtype))
 
 # %% ../nbs/04_lowrank.ipynb #a8546696
@@ -182,4 +184,4 @@ def emulator_weight(
     if checkpoint.key(f"{module}.U"): return checkpoint.read(f"{module}.U").float() @ checkpoint.read(f"{module}.V").float()
     if checkpoint.key(f"{module}.place") is None: return None
     names = ("place", "scales", "unit", "coarse.codes", "coarse.book", "fine.codes", "fine.book")
-    return restored({n: checkpoint.read(f"{module}.{n}") for n in names if checkpoint.key(f"{module}.{n}")}).dense()
+    return restored({n: checkpoint.read(f"{module}.{n}") for n in names if checkpoint.key(f"{module}.{n}")}, emulator_config(checkpoint.path).rotated).dense()

@@ -17,8 +17,9 @@ from .arithmetic import scratch, working_dtype
 from .data import EmlocError
 
 # %% auto #0
-__all__ = ['PER_BYTE', 'AT_ONCE', 'GROUP', 'STEP', 'gaussian_levels', 'pack_numbers', 'meanings', 'look_up', 'frozen', 'Packed',
-           'as_stored', 'bits_of', 'overhead', 'layout', 'order_dtype', 'QuantizedLinear', 'restored']
+__all__ = ['PER_BYTE', 'AT_ONCE', 'GROUP', 'STEP', 'ROTATIONS', 'gaussian_levels', 'pack_numbers', 'meanings', 'look_up',
+           'frozen', 'Packed', 'as_stored', 'bits_of', 'overhead', 'layout', 'order_dtype', 'rotation', 'hadamard',
+           'rotate', 'QuantizedLinear', 'restored']
 
 # %% ../nbs/03a_packed.ipynb #0b12a006
 @lru_cache
@@ -137,6 +138,34 @@ def layout(
 
 def order_dtype(columns: int) -> torch.dtype: return torch.int16 if columns <= 2 ** 15 else torch.int32 # of column numbers
 
+# %% ../nbs/03a_packed.ipynb #1794cac2
+ROTATIONS = (64, 16, 4, 1) # inputs that may be mixed: the entries of their Hadamard matrix are powers of two
+
+def rotation(
+    columns: int, # of a weight
+) -> int: # how many of its inputs are mixed with each other
+    "As many as divide them."
+    return next(size for size in ROTATIONS if columns % size == 0)
+
+@lru_cache
+def hadamard(
+    size: int, # a power of two
+) -> torch.Tensor: # H (size, size), float32; symmetric and its own inverse
+    "Sylvester's Hadamard matrix, divided by the root of its size."
+    with torch.device("cpu"), _disable_current_modes():
+        found = torch.ones(1, 1)
+        while len(found) < size: found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
+        return found / size ** 0.5
+
+def rotate(
+    x: torch.Tensor, # (in, n), any float dtype: a row for each input
+    out: torch.Tensor | None = None, # (in, n), where to put it
+) -> torch.Tensor: # Q x, (in, n)
+    "Mix the inputs. Twice is nothing."
+    size = rotation(len(x))
+    parts = x.reshape(size, -1) # inputs that are mixed are in one column
+    return torch.mm(hadamard(size).to(x), parts, out=None if out is None else out.view(size, -1)).view(x.shape)
+
 # %% ../nbs/03a_packed.ipynb #a321fd29
 class _Multiply(torch.autograd.Function):
     "x Wᵀ + b; the weight is made again for the gradient of x."
@@ -158,9 +187,10 @@ class QuantizedLinear(nn.Module):
         bias: bool = False,
         device=None,
         dtype=None, # of the bias and the levels
+        rotated: bool = True, # its inputs are mixed; in older emulators they are not
     ):
         super().__init__()
-        self.in_features, self.out_features = in_features, out_features
+        self.in_features, self.out_features, self.rotated = in_features, out_features, rotated
         *fine, self.coarse = (Packed(columns, out_features, levels, device, dtype) for columns, levels in parts)
         self.fine = fine[0] if fine else None
         self.place = frozen(in_features, dtype=order_dtype(in_features), device=device) # which of the stored columns is that of each input
@@ -169,7 +199,7 @@ class QuantizedLinear(nn.Module):
 
     def put(
         self,
-        order: torch.Tensor, # (in,) column numbers
+        order: torch.Tensor, # (in,) numbers of the columns, of mixed inputs where they are
         numbers: torch.Tensor, # (out, in) in that order, whole
         scales: torch.Tensor, # (out, groups), in that order, and
         unit: float, # both as `as_stored` gives them
@@ -197,8 +227,10 @@ class QuantizedLinear(nn.Module):
         scales = self.scales.view(torch.float8_e4m3fn).to(dtype) * self.unit.to(dtype)
         levels[:full * GROUP].view(full, GROUP, out).mul_(scales[:full, None])
         if in_ % GROUP: levels[full * GROUP:].mul_(scales[full])
-        found = torch.empty(in_, out, dtype=dtype, device=device) if keep else scratch((in_, out), dtype, device, "weight")
-        return torch.index_select(levels, 0, self.place.int(), out=found)
+        fresh = torch.empty(in_, out, dtype=dtype, device=device) if keep else None
+        found = fresh if keep and not self.rotated else scratch((in_, out), dtype, device, "weight")
+        torch.index_select(levels, 0, self.place.int(), out=found)
+        return rotate(found, fresh if keep else levels) if self.rotated else found
 
     def onward(
         self,
@@ -230,11 +262,12 @@ class QuantizedLinear(nn.Module):
 
 def restored(
     tensors: dict, # {name: tensor} of the state of a QuantizedLinear
+    rotated: bool = True, # as it was made
 ) -> QuantizedLinear: # with these very tensors
     "The layer, from what is stored of it."
     out, in_ = tensors["scales"].shape[1], len(tensors["place"])
     levels = [len(tensors[f"{name}.book"]) for name in ("fine", "coarse") if f"{name}.book" in tensors]
     fine = len(tensors["fine.codes"]) * PER_BYTE[levels[0]] // out // STEP * STEP if len(levels) > 1 else 0
-    layer = QuantizedLinear(in_, out, [(fine, levels[0])] * (fine > 0) + [(in_ - fine, levels[-1])], "bias" in tensors, device="meta")
+    layer = QuantizedLinear(in_, out, [(fine, levels[0])] * (fine > 0) + [(in_ - fine, levels[-1])], "bias" in tensors, device="meta", rotated=rotated)
     layer.load_state_dict(tensors, assign=True)
     return layer

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from .arithmetic import forget_scratch
 from .data import EmlocError
-from .packed import GROUP, QuantizedLinear, as_stored, gaussian_levels, layout
+from .packed import GROUP, QuantizedLinear, as_stored, gaussian_levels, layout, rotate
 from .spectrum import Gram, largest, power_of_two
 
 # %% auto #0
@@ -174,9 +174,9 @@ def quantize(
     if gradients: power_of_two(float(gradients.matrix.diagonal().amax()), f"{name}: its output gradients on the calibration rows have")
     layer = QuantizedLinear(in_, out, parts, device=weight.device, dtype=weight.dtype)
     try:
-        order, carry = by_loudness(matrix, damping)
+        order, carry = by_loudness(rotate(rotate(matrix).T), damping)
         rows, heard = by_loudness(gradients.matrix.to(matrix), gradient_damping) if gradients else (torch.arange(out, device=weight.device), None)
-        numbers, scales, unit = round_weight(weight.to(matrix.dtype).T[order][:, rows], parts, carry, heard)
+        numbers, scales, unit = round_weight(rotate(weight.to(matrix.dtype).T)[order][:, rows], parts, carry, heard)
     except EmlocError as error: raise EmlocError(f"{name}: {error}") from error
     del carry, heard
     back = rows.argsort()

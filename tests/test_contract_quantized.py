@@ -1,5 +1,7 @@
-"""Weights in few bits: levels, bytes, rounding in the metric of the inputs, and emulators made of them."""
+"""Weights in few bits: levels, bytes, mixed inputs, rounding in the metric of the inputs, and emulators made of them."""
+import json
 import math
+from unittest import mock
 
 import pytest
 import tiny
@@ -10,7 +12,7 @@ from emloc.data import EmlocError
 from emloc.emulator import build_emulator
 from emloc.lowrank import emulator_config, emulator_weight, load_emulator
 from emloc.model import Checkpoint, Conv1D, block_linears, skeleton
-from emloc.packed import PER_BYTE, QuantizedLinear, as_stored, gaussian_levels, layout, look_up, meanings, overhead, pack_numbers, restored
+from emloc.packed import PER_BYTE, QuantizedLinear, as_stored, gaussian_levels, layout, look_up, meanings, overhead, pack_numbers, restored, rotate, rotation
 from emloc.plan import plan_memory
 from emloc.rounding import quantize
 from emloc.spectrum import Gram
@@ -48,8 +50,33 @@ def test_a_layer_is_made_of_the_levels_scales_and_order_that_were_put_into_it(sh
     levels = torch.cat([gaussian_levels(k)[part] for (_, k), part in zip(parts, numbers.split([c for c, _ in parts], 1))], 1)
     truth = torch.empty(shape)
     truth[:, order] = levels * scales.repeat_interleave(64, 1)[:, :in_]
-    found = QuantizedLinear(in_, out, parts).put(order, numbers, scales, unit).dense(dtype)
+    found = QuantizedLinear(in_, out, parts, rotated=False).put(order, numbers, scales, unit).dense(dtype)
     assert torch.allclose(found.float(), truth, rtol=0 if dtype == torch.float32 else 2 ** -7)
+    mixed = QuantizedLinear(in_, out, parts).put(order, numbers, scales, unit)
+    assert torch.allclose(mixed.dense(dtype).float(), rotate(truth.T).T, atol=1e-5 if dtype == torch.float32 else 3e-2)
+    x = torch.randn(9, in_, generator=seed).to(dtype)
+    assert torch.allclose(mixed.onward(x).float(), x.float() @ mixed.dense(dtype).float().T, atol=1e-3, rtol=0 if dtype == torch.float32 else 0.1)
+
+
+@pytest.mark.parametrize("columns, size", [(576, 64), (1536, 64), (64, 64), (48, 16), (100, 4), (33, 1), (150, 1)])
+def test_mixing_inputs_is_its_own_inverse_and_exact_in_bfloat16(columns, size):
+    assert rotation(columns) == size
+    Q = rotate(torch.eye(columns))
+    assert torch.equal(Q, Q.T) and torch.allclose(Q @ Q, torch.eye(columns), atol=1e-6)
+    assert torch.equal(rotate(torch.eye(columns).bfloat16()).float(), Q)
+    assert all(int(row.count_nonzero()) == size for row in Q)
+
+
+def test_mixed_inputs_keep_both_ways_where_one_is_massive():
+    seed = torch.Generator().manual_seed(4)
+    W, x, g = torch.randn(64, 192, generator=seed), torch.randn(500, 192, generator=seed), torch.randn(300, 64, generator=seed)
+    x[:, 7] *= 1000
+    x += 3e-3 * x[:, 7:8] * torch.rand(192, generator=seed) # which the others know of
+    for kinds in ({}, {"gradients": Gram(64).add(g)}):
+        found = {}
+        for size in (64, 1):
+            with mock.patch("emloc.packed.rotation", lambda columns: size): found[size] = quantize(W, Gram(192).add(x), 1.6, **kinds)[0].dense()
+        assert on_the_way_back(W, found[64], g) < 0.8 * on_the_way_back(W, found[1], g) and output_error(W, found[64], x) < 0.5 * output_error(W, found[1], x)
 
 
 @pytest.mark.parametrize("shape", [(576, 576), (192, 576), (1536, 576), (576, 1536), (100, 90), (32, 50)])
@@ -207,6 +234,18 @@ def test_a_cast_and_another_save_keep_the_bytes(make_stages, tmp_path):
     half = load_emulator(path, dtype=torch.bfloat16)
     half.save_pretrained(tmp_path / "again")
     for name in emulator_config(path).bits: assert torch.equal(half.get_submodule(name).dense(), emulator_weight(Checkpoint(tmp_path / "again"), name))
+
+
+def test_an_emulator_from_before_inputs_were_mixed_is_read_as_it_was(llama, rows, tmp_path):
+    path = build_emulator(llama, rows, tmp_path / "emulator", ratio=0.2, form="quantized")
+    config = json.loads((path / "config.json").read_text())
+    assert config["quantization_config"].pop("rotated") is True
+    mixed = {n: emulator_weight(Checkpoint(path), n) for n in emulator_config(path).bits}
+    (path / "config.json").write_text(json.dumps(config))
+    plain = load_emulator(path)
+    for name, W in mixed.items():
+        assert torch.equal(plain.get_submodule(name).dense(), emulator_weight(Checkpoint(path), name))
+        assert torch.allclose(rotate(plain.get_submodule(name).dense().T).T, W, atol=1e-5) and not torch.equal(plain.get_submodule(name).dense(), W)
 
 
 @pytest.mark.parametrize("metric", ["activation", "fisher"])
