@@ -184,4 +184,4 @@ def emulator_weight(
     if checkpoint.key(f"{module}.U"): return checkpoint.read(f"{module}.U").float() @ checkpoint.read(f"{module}.V").float()
     if checkpoint.key(f"{module}.place") is None: return None
     names = ("place", "scales", "unit", "coarse.codes", "coarse.book", "fine.codes", "fine.book")
-    return restored({n: checkpoint.read(f"{module}.{n}") for n in names if checkpoint.key(f"{module}.{n}")}, emulator_config(checkpoint.path).rotated).dense()
+    return restored({n: checkpoint.read(f"{module}.{n}") for n in names if checkpoint.key(f"{module}.{n}")}, checkpoint.config.quantization_config.get("rotated", False)).dense()
