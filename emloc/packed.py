@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from .arithmetic import scratch, working_dtype
+from .arithmetic import planning, scratch, working_dtype
 from .data import EmlocError
 
 # %% auto #0
 __all__ = ['PER_BYTE', 'AT_ONCE', 'GROUP', 'STEP', 'ROTATIONS', 'gaussian_levels', 'pack_numbers', 'meanings', 'look_up',
            'frozen', 'Packed', 'as_stored', 'bits_of', 'overhead', 'layout', 'order_dtype', 'rotation', 'hadamard',
-           'rotate', 'QuantizedLinear', 'restored']
+           'mixing', 'rotate', 'QuantizedLinear', 'restored']
 
 # %% ../nbs/03a_packed.ipynb #0b12a006
 @lru_cache
@@ -157,14 +157,23 @@ def hadamard(
         while len(found) < size: found = torch.cat([torch.cat([found, found], 1), torch.cat([found, -found], 1)])
         return found / size ** 0.5
 
+@lru_cache
+def mixing(
+    size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> torch.Tensor: # (size, size)
+    "The same where it is needed; a GPU need not ask for it again with every product."
+    with torch.inference_mode(False): return hadamard(size).to(device, dtype)
+
 def rotate(
     x: torch.Tensor, # (in, n), any float dtype: a row for each input
     out: torch.Tensor | None = None, # (in, n), where to put it
 ) -> torch.Tensor: # Q x, (in, n)
     "Mix the inputs. Twice is nothing."
     size = rotation(len(x))
-    parts = x.reshape(size, -1) # inputs that are mixed are in one column
-    return torch.mm(hadamard(size).to(x), parts, out=None if out is None else out.view(size, -1)).view(x.shape)
+    H, parts = hadamard(size).to(x) if planning() else mixing(size, x.dtype, x.device), x.reshape(size, -1) # inputs that are mixed are in one column
+    return torch.mm(H, parts, out=None if out is None else out.view(size, -1)).view(x.shape)
 
 # %% ../nbs/03a_packed.ipynb #a321fd29
 class _Multiply(torch.autograd.Function):
