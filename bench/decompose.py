@@ -86,19 +86,15 @@ def against_naive(rows, ratio: float) -> dict:
         weights = {n: dense_weight(m) for n, m in step.linears.items()}
         ranks = uniform({n: w.shape for n, w in weights.items()}, ratio)
         of = {n: batches for names, batches in inputs.items() for n in names}
+        [largest_first] = divide({n: w.shape for n, w in weights.items()}, 1)
         def naive(n): return clock((tuple(weights[n].shape), "naive"), naive_factors, weights[n], clock(("gram", "naive"), naive_gram, of[n]), ranks[n])
-        def fast(n): return truncate(decompose(weights[n], grams[n], n, ranks[n]), ranks[n])
-        def in_turn(n): return clock((tuple(weights[n].shape), IN_TURN), fast, n)
-        def all_naive(): return {n: naive(n) for n in weights}
-        def all_ours():
+        def ours(n): return truncate(decompose(weights[n], grams[n], n, ranks[n]), ranks[n])
+        ways = {"naive": lambda: map(naive, largest_first), "ours": lambda: clock(("all", "ours"), side_by_side, ours, largest_first, step.walk.device),
+                IN_TURN: lambda: (clock((tuple(weights[n].shape), IN_TURN), ours, n) for n in largest_first)}
+        factors = {}
+        for way in (ways if step.index % 2 else reversed(ways)):
             for gram in grams.values(): gram._root = None # each way finds its own
-            [largest_first] = divide({n: w.shape for n, w in weights.items()}, 1)
-            return dict(zip(largest_first, clock(("all", "ours"), side_by_side, fast, largest_first, step.walk.device)))
-        def all_in_turn():
-            for gram in grams.values(): gram._root = None
-            return {n: in_turn(n) for n in weights}
-        ways = {"naive": all_naive, "ours": all_ours, IN_TURN: all_in_turn}
-        factors = {way: ways[way]() for way in (ways if step.index % 2 else reversed(ways))}
+            factors[way] = dict(zip(largest_first, ways[way]()))
         for names, batches in inputs.items():
             truth = Gram(batches[0].shape[-1], torch.float64)
             for x in batches: truth.add(x)
