@@ -17,13 +17,17 @@ from datasets import Dataset, DatasetDict
 from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 
 # %% auto #0
-__all__ = ['BUILT_IN', 'READERS', 'SPLITS', 'EmlocError', 'brief', 'normalise_row', 'Task', 'find_labels', 'bbc_rows',
+__all__ = ['BUILT_IN', 'READERS', 'SPLITS', 'EmlocError', 'several', 'brief', 'normalise_row', 'Task', 'find_labels', 'bbc_rows',
            'read_rows', 'clean_rows', 'hold_out', 'load_task', 'load_tokenizer', 'row_texts', 'encode_row',
            'encode_rows', 'rows_hash', 'collator']
 
 # %% ../nbs/00_data.ipynb #74eb15a2
 class EmlocError(ValueError):
     "A mistake in what was asked for; the message names the file, layer or option and says what to do."
+
+def several(count: int, noun: str) -> str: # 1 row, 2 rows
+    "So many of them."
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 def brief(error: BaseException) -> str: # one line
     "What another library's error says, short enough to be part of a message."

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 from .adapter import pairs_hash, with_lora
 from .backward import loss_gradient
 from .block import Seen, add_up, build_block, look_forward, pass_by, watched_inputs
-from .data import EmlocError, rows_hash
+from .data import EmlocError, rows_hash, several
 from .fisher import METRICS, Gradients, output_gradients
 from .lowrank import EmulatorConfig, LowRankLinear
 from .model import find_model, give_back, linear_shapes, read_header
@@ -153,7 +153,7 @@ def check_calibration(
     "Raises `EmlocError` when there are fewer tokens than directions to find."
     needed, tokens = max(ranks.values(), default=0), walk.tokens()
     if tokens < needed:
-        raise EmlocError(f"the calibration set has {len(walk.rows)} rows with {tokens} tokens, but {needed} directions are to be found from them; "
+        raise EmlocError(f"the calibration set has {several(len(walk.rows), 'row')} with {several(tokens, 'token')}, but {needed} directions are to be found from them; "
                          f"give at least {-(-needed * len(walk.rows) // tokens)} rows of this length, better ten times as many")
 
 def build_emulator(

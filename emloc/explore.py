@@ -16,6 +16,7 @@ from IPython.display import display
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from .data import EmlocError
 from .easel import Easel, no_collection
 from .spectrum import Spectrum
 
@@ -32,18 +33,32 @@ def alert(
     error: BaseException,
 ) -> str: # HTML that screen readers say at once
     "An error as a person should see it in the page."
-    return f"<b role='alert'>{type(error).__name__}: {html.escape(str(error))}</b>"
+    text = str(error) if isinstance(error, EmlocError) else f"{type(error).__name__}: {error}"
+    return f"<b role='alert'>{html.escape(text)}</b>"
 
 def picture_box() -> widgets.Image:
     "A place for a PNG, shown in its own size or as wide as the page."
     return widgets.Image(format="png", layout={"align_self": "flex-start", "max_width": "100%"})
 
 class Keys(anywidget.AnyWidget):
-    "Tells JupyterLab to leave the keys to what has the focus in a panel."
+    "Tells JupyterLab to leave the keys to what has the focus in a panel, and screen readers what a slider is called and says, which ipywidgets leaves out."
     _esm = """export default { initialize() {
       if (window.emlocKeys) return;
       window.emlocKeys = true;
-      document.addEventListener("focusin", event => { if (event.target.closest(".emloc-panel")) event.target.setAttribute("data-lm-suppress-shortcuts", "true"); });
+      const say = handle => {
+        const slider = handle.closest(".jupyter-widgets"), words = part => slider?.querySelector(part)?.textContent;
+        for (const [name, text] of [["aria-label", words(".widget-label")], ["aria-valuetext", words(".widget-readout")]])
+          if (text && handle.getAttribute(name) !== text) handle.setAttribute(name, text);
+      };
+      document.addEventListener("focusin", event => {
+        const found = event.target;
+        if (!found.closest(".emloc-panel")) return;
+        found.setAttribute("data-lm-suppress-shortcuts", "true");
+        if (!found.matches(".noUi-handle") || found.emlocSays) return;
+        found.emlocSays = new MutationObserver(() => say(found));
+        found.emlocSays.observe(found.closest(".jupyter-widgets"), {subtree: true, childList: true, characterData: true, attributes: true});
+        say(found);
+      });
     }, render() {} };"""
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
@@ -218,7 +233,7 @@ def plan_figure(
     for i, total in enumerate(left): ax.text(total, i, f" {total:.1f}", va="center", fontsize=8)
     if plan.budget: ax.axvline(plan.budget / 2**30, color=RED, linestyle="--", label="budget")
     ax.set_yticks(range(len(needs)), [n.name for n in needs], fontsize=8); ax.invert_yaxis(); ax.margins(x=0.1)
-    ax.set_xlabel(f"GiB; {plan.model}, emulator of ratio {plan.ratio:.2f}"); ax.legend(fontsize=8)
+    ax.set_xlabel(f"GiB; {plan.model}, emulator of ratio {plan.ratio:.2f}"); ax.legend(fontsize=8, ncols=6, loc="lower right", bbox_to_anchor=(1, 1), frameon=False, columnspacing=1.2, handlelength=1.2)
     return figure
 
 def score_figure(

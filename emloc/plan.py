@@ -11,7 +11,7 @@ from functools import cache
 from html import escape
 
 from .allocation import BITS
-from .data import EmlocError
+from .data import EmlocError, several
 from .emulator import FORMS, choose_bits
 from .fisher import METRICS
 from .needs import KINDS, Need, Shapes, allocating, anchoring, building, correcting, polishing, training, whole_model
@@ -67,7 +67,7 @@ class Plan:
         "What the numbers are of."
         s = self.settings
         return [f"{self.model}: {self.model_bytes / 2**30:.2f} GiB; emulator of ratio {self.ratio:.3f}: {self.emulator_bytes / 2**30:.2f} GiB" + (f"; budget {self.budget / 2**30:.2f} GiB" if self.budget else ""),
-                f"{s['batch_size']} rows of {s['seq_len']} tokens, LoRA of rank {s['lora_rank']}, {'with' if s['checkpointing'] else 'no'} activation checkpointing; sizes in GiB",
+                f"{several(s['batch_size'], 'row')} of {s['seq_len']} tokens, LoRA of rank {s['lora_rank']}, {'with' if s['checkpointing'] else 'no'} activation checkpointing; sizes in GiB",
                 f"{s['metric']} metric from {s['calibration_rows']} rows of calibration, {s['walk_batch']} in a block at a time"]
 
     def table(self) -> list: # [(part of the table, [(name, sizes under COLUMNS in GiB as text, whether it fits)])]

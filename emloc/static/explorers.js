@@ -198,7 +198,7 @@ function ranks({ model, el }) {
   const budget = field({ type: "text", size: 8, "aria-label": "memory budget" }, input => together("budget", input.value));
   const number = (label, name) => field({ type: "number", min: 1, step: 1, "aria-label": label, style: "width: 5.5em" }, input => change(name, Number(input.value)));
   const tokens = number("tokens of a row", "seq_len"), batch = number("rows of a batch", "batch_size");
-  const [useSet, uses] = radios("build", `${id}-use`, Object.fromEntries(choices.map(c => [c, titles[c] ?? c])), v => change("choice", v));
+  const [useSet, uses] = radios("chosen ranks", `${id}-use`, Object.fromEntries(choices.map(c => [c, titles[c] ?? c])), v => change("choice", v));
   const reading = make("output", { "aria-live": "polite" }), hovered = make("div", { class: "hover" }), least = make("span"), scale = make("span");
   const cell = Math.max(6, Math.min(24, 330 / blocks)), W = Math.max(300, 86 + blocks * cell + 4), H = 24 + rows.length * 16 + 18;
   const heat = (label, say) => {
@@ -209,7 +209,7 @@ function ranks({ model, el }) {
     });
     rows.forEach((row, i) => svg.append(make("text", { x: 82, y: 31 + i * 16, "text-anchor": "end" }, row.split(".").at(-1))));
     for (let b = 0; b < blocks; b += Math.max(1, Math.ceil(blocks / 6))) svg.append(make("text", { x: 86 + (b + 0.5) * cell, y: H - 4, "text-anchor": "middle" }, String(b)));
-    svg.append(title, ...cells);
+    svg.append(make("text", { x: 82, y: H - 4, "text-anchor": "end" }, "block"), title, ...cells);
     return { node: make("figure", {}, svg), title, cells };
   };
   const fill = (map, list, share) => map.cells.forEach((rect, j) => { rect.setAttribute("fill", list[j] ? viridis(share(list[j])) : "none"); rect.setAttribute("stroke", list[j] ? "none" : "var(--faint)"); });
