@@ -12,6 +12,7 @@ import anywidget
 import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import torch
+import traitlets
 from IPython.display import display
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
@@ -41,7 +42,7 @@ def picture_box() -> widgets.Image:
     return widgets.Image(format="png", layout={"align_self": "flex-start", "max_width": "100%"})
 
 class Keys(anywidget.AnyWidget):
-    "Tells JupyterLab to leave the keys to what has the focus in a panel, and screen readers what a slider is called and says, which ipywidgets leaves out."
+    "Tells JupyterLab to leave the keys to what has the focus in a panel, and screen readers what sliders and pictures are called, which ipywidgets leaves out."
     _esm = """export default { initialize() {
       if (window.emlocKeys) return;
       window.emlocKeys = true;
@@ -59,7 +60,15 @@ class Keys(anywidget.AnyWidget):
         found.emlocSays.observe(found.closest(".jupyter-widgets"), {subtree: true, childList: true, characterData: true, attributes: true});
         say(found);
       });
-    }, render() {} };"""
+    }, render({ model, el }) {
+      const name = tries => {
+        const found = el.closest(".emloc-panel")?.querySelectorAll("img") ?? [];
+        found.forEach(picture => { picture.alt ||= model.get("text"); });
+        if (!found.length && tries) setTimeout(name, 100, tries - 1); // the panel is not in the page yet
+      };
+      name(50);
+    } };"""
+    text = traitlets.Unicode().tag(sync=True) # what the panel's pictures show
 
 WIDGET = "application/vnd.jupyter.widget-view+json"
 
@@ -79,7 +88,7 @@ class Panel(widgets.VBox):
         text: str = "", # what it is, for pages without pictures
         **options, # for VBox
     ):
-        super().__init__([*children, Keys(layout={"display": "none"})], **options)
+        super().__init__([*children, Keys(text=text, layout={"display": "none"})], **options)
         self.add_class("emloc-panel")
         self.still, self.text, self.place = still, text, None
 

@@ -184,9 +184,9 @@ def test_rank_explorer(page, here):
     until(page, lambda: float(slider.get_attribute("aria-valuetext").split()[1]), fitting)
     enter(budget, "24 apples")
     until(page, lambda: "24 apples: not a size" in out.locator(".emloc > [role=alert]").inner_text(), True)
-    enter(out.get_by_label("rows of a batch"), "0")
-    out.get_by_role("radio", name="ratio", exact=True).check()
-    until(page, lambda: "each must be at least 1" in out.locator(".emloc > [role=alert]").inner_text(), True)
+    for wrong in ("0", "2.5"):
+        enter(out.get_by_label("rows of a batch"), wrong)
+        until(page, lambda: "rows of a batch: must be a whole number" in out.locator(".emloc > [role=alert]").inner_text(), True)
     enter(out.get_by_label("rows of a batch"), "2")
     until(page, lambda: out.locator(".emloc > [role=alert]").inner_text(), "")
 
@@ -309,8 +309,13 @@ def test_playground(page, here):
 def test_panel_and_its_error(page):
     out = cell(page, 6)
     before = out.locator("img").get_attribute("src")
+    until(page, lambda: "controls" in (out.locator("img").get_attribute("alt") or ""), True)
     out.locator(".noUi-handle").focus()
+    slider = out.get_by_role("slider", name="times")
+    says_what_it_shows = lambda: slider.get_attribute("aria-valuetext") == out.locator(".widget-readout").inner_text()
+    until(page, says_what_it_shows, True)
     page.keyboard.press("ArrowRight")
+    until(page, says_what_it_shows, True)
     until(page, lambda: out.locator("img").get_attribute("src") != before, True)
     page.keyboard.press("End")
     out.locator("[role=alert]").wait_for()

@@ -196,16 +196,22 @@ function ranks({ model, el }) {
     oninput: () => together("ratio", table.ratios[Number(slider.value)]) });
   const shown = make("b");
   const budget = field({ type: "text", size: 8, "aria-label": "memory budget" }, input => together("budget", input.value));
-  const number = (label, name) => field({ type: "number", min: 1, step: 1, "aria-label": label, style: "width: 5.5em" }, input => change(name, Number(input.value)));
+  const number = (label, name) => field({ type: "number", min: 1, step: 1, "aria-label": label, style: "width: 5.5em" }, guard(input => {
+    const value = Number(input.value);
+    if (!Number.isInteger(value) || value < 1) throw Error(`${label}: must be a whole number, at least 1`);
+    change(name, value);
+  }));
   const tokens = number("tokens of a row", "seq_len"), batch = number("rows of a batch", "batch_size");
   const [useSet, uses] = radios("chosen ranks", `${id}-use`, Object.fromEntries(choices.map(c => [c, titles[c] ?? c])), v => change("choice", v));
   const reading = make("output", { "aria-live": "polite" }), hovered = make("div", { class: "hover" }), least = make("span"), scale = make("span");
+  let pointed = null; // at a cell: {map, say}
+  const tell = () => { hovered.textContent = pointed && pointed.map.style.display !== "none" ? pointed.say() : ""; };
   const cell = Math.max(6, Math.min(24, 330 / blocks)), W = Math.max(300, 86 + blocks * cell + 4), H = 24 + rows.length * 16 + 18;
   const heat = (label, say) => {
     const svg = make("svg", { viewBox: `0 0 ${W} ${H}`, width: W, role: "img", "aria-label": label });
     const title = make("text", { x: 86, y: 13, "font-weight": "bold" }), cells = names.map((name, i) => {
       const [row, block] = table.places[i];
-      return make("rect", { x: 86 + block * cell, y: 20 + rows.indexOf(row) * 16, width: cell - 1, height: 15, onmouseenter: () => { hovered.textContent = say(name, i); } });
+      return make("rect", { x: 86 + block * cell, y: 20 + rows.indexOf(row) * 16, width: cell - 1, height: 15, onmouseenter: () => { pointed = { map: svg.parentNode, say: () => say(name, i) }; tell(); } });
     });
     rows.forEach((row, i) => svg.append(make("text", { x: 82, y: 31 + i * 16, "text-anchor": "end" }, row.split(".").at(-1))));
     for (let b = 0; b < blocks; b += Math.max(1, Math.ceil(blocks / 6))) svg.append(make("text", { x: 86 + (b + 0.5) * cell, y: H - 4, "text-anchor": "middle" }, String(b)));
@@ -243,6 +249,7 @@ function ranks({ model, el }) {
     const show = (node, yes) => { node.style.display = yes ? "" : "none"; };
     choices.forEach(c => show(maps[c].node, !packed()));
     show(bitMap.node, packed()); show(useSet, !packed());
+    tell();
     least.textContent = packed() ? "1 bit" : "rank 1";
     const b = table.bits.bytes[i];
     if (packed()) {
