@@ -12,6 +12,7 @@ import machine
 from emloc.compare import METHODS, Comparison, Method, Setting
 from emloc.data import load_task
 from emloc.model import Checkpoint, block_names, find_model, skeleton
+from recovered import SHORT
 
 HERE, RATE = Path(__file__).parent, 1e-3
 SHARES = (1, 0.667, 0.4) # of the blocks
@@ -38,11 +39,12 @@ if __name__ == "__main__":
         for seed in args.seeds if not args.known else ():
             for method in [METHODS[0], *VARIANTS]: comparison.tried(method, seed, RATE)
     blocks, about, rows = len(block_names(skeleton(Checkpoint(find_model("default"))))), machine.describe(), []
-    lines = ["SmolLM2-135M-Instruct, rounds of 25 steps, ratio 0.1: recovered of the accuracy / of the NLL", "", f"| | {' | '.join(args.tasks)} |", "| --- " * (len(args.tasks) + 1) + "|"]
+    lines = ["SmolLM2-135M-Instruct, rounds of 25 steps, ratio 0.1: recovered of the accuracy / of the NLL", "", f"| | {' | '.join(SHORT.get(task, task) for task in args.tasks)} |", "| --- " * (len(args.tasks) + 1) + "|"]
     for method in VARIANTS:
         count = round(method.last * blocks)
         row = {"method": "emulator" if method.metric else "LoRA on the model", "blocks": count, "tasks": {task: c.recovered(method, args.seeds, RATE) for task, c in comparisons.items()}}
         rows.append(row)
+        if not any(row["tasks"].values()): continue # nothing of it was run
         which = f"all {blocks} blocks" if count == blocks else f"the last {count} of {blocks} blocks"
         lines.append(f"| {f'emulator of {which}' if method.metric else f'LoRA on the model itself, on {which}'} | {' | '.join(map(cell, row['tasks'].values()))} |")
     markdown = "\n".join([*lines, "", f"({machine.line(about)}.)"])

@@ -138,6 +138,22 @@ def large(bench: Bench, base):
 
 
 PARTS = {"growth": growth, "embedded": embedded, "large": large}
+GROUPS = { # what the rows of a table begin with: all that is left is the large model's
+    "**Does stage 1 grow with the number of blocks?** Random models of hidden size 768; the bound is 5% more than the peak with the fewest blocks.": tuple(f"stage 1, {n} blocks" for n in (*SIZES["full"]["counts"], *SIZES["quick"]["counts"])),
+    "**SmolLM2-135M-Instruct.** Training is bound by inference of the whole model at the same batch and length.": ("embedded model",),
+    "**TinyLlama's geometry, 1.2 billion parameters, 2.2 GiB.** Stages 1 and 3 are bound by 1 GiB, training by inference of the whole model.": ("",)}
+
+
+def tables(rows: list, about: dict) -> str:
+    "Markdown."
+    left, parts = list(rows), []
+    for title, begins in GROUPS.items():
+        own = [row for row in left if row["stage"].startswith(begins)]
+        left = [row for row in left if row not in own]
+        if own: parts += [title, "", *HEAD, *map(line, own), ""]
+    return "\n".join([*parts, f"({machine.line(about)}. Each row is a process of its own; its peak is the larger of the resident set every 10 ms and the kernel's VmHWM, minus the resident set once everything is imported.)"])
+
+
 HEAD = ["| stage | peak over the libraries, MiB | bound, MiB | met | |", "| --- | --- | --- | --- | --- |"]
 
 
@@ -147,7 +163,7 @@ def run(out: Path, *, quick: bool = False, base="default", parts: list = list(PA
     print("\n".join(HEAD), flush=True)
     for part in parts: PARTS[part](bench, base)
     about = machine.describe()
-    markdown = "\n".join([*HEAD, *map(line, bench.rows), "", f"({machine.line(about)}. Each row is a process of its own; its peak is the larger of the resident set every 10 ms and the kernel's VmHWM, minus the resident set once everything is imported.)"])
+    markdown = tables(bench.rows, about)
     for row in bench.rows: row["measured"].pop("job", None)
     report = {"machine": about, "quick": quick, "rows": bench.rows, "markdown": markdown}
     if results:

@@ -1,4 +1,4 @@
-"""Predicted and measured peaks of memory: each run in a process of its own, and the ratio of the two.
+"""Does a run need the memory that was predicted? Each run in a process of its own, and the ratio of the two.
 
     python bench/plan.py [--only NAME ...]
 
@@ -30,6 +30,9 @@ CONFIGS = { # random models, in bfloat16
     "Llama like": dict(model_type="llama", vocab_size=WORDS, hidden_size=1280, intermediate_size=3584, num_hidden_layers=16, num_attention_heads=20,
                        num_key_value_heads=4, tie_word_embeddings=False),
 }
+EXPLAINED = ("Each run is named by what it does, the model (`default` is SmolLM2-135M-Instruct, the others are small random ones with the geometry of their kind) and rows × tokens. *Predicted* knows which of the "
+             "decompositions took their costlier way in that run; *planned* takes it for all of them, as `emloc plan` must, which is told nothing of the run.")
+
 RUNS = [ # name, model, what is run, rows in a batch, tokens, positions with logits (None: all), checkpointing
     dict(model="default", stage="train", batch_size=4, seq_len=512, completion=32),
     dict(model="default", stage="train", batch_size=1, seq_len=1024, completion=None),
@@ -290,6 +293,6 @@ if __name__ == "__main__":
             rows = [kept[name(run)] for run in RUNS]
             lines = ["| run | predicted, MiB | measured, MiB | predicted / measured | planned / measured |", "| --- | --- | --- | --- | --- |"]
             lines += [f"| {r['run']} | {r['predicted_bytes'] / 2**20:.0f} | {r['measured_bytes'] / 2**20:.0f} | {r['ratio']:.2f} | {r['planned_ratio']:.2f} |" for r in rows]
-            report = {"machine": about, "rows": rows, "within_10_percent": sum(0.9 <= r["ratio"] <= 1.1 for r in rows), "markdown": "\n".join([*lines, "", f"({machine.line(about)}. Peaks above the imported libraries, each run in a process of its own.)"])}
+            report = {"machine": about, "rows": rows, "within_10_percent": sum(0.9 <= r["ratio"] <= 1.1 for r in rows), "markdown": "\n".join([EXPLAINED, "", *lines, "", f"({machine.line(about)}. Peaks above the imported libraries, each run in a process of its own.)"])}
             (HERE / "results" / "plan.json").write_text(json.dumps(report, indent=1) + "\n")
             print(report["markdown"])

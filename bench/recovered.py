@@ -48,25 +48,40 @@ def shares(found: dict, name: str, key: str) -> dict:
     return {task: runs for task, runs in tasks.items() if runs}
 
 
-def cell(tasks: dict) -> str:
-    "The mean over tasks of the mean over seeds, and the worst run."
+def cell(tasks: dict, all: int) -> str:
+    "The mean over tasks of the mean over seeds, and the worst run; only where all tasks are there, so that rows can be compared."
     runs = list(tasks.values())
-    return f"{statistics.mean(map(statistics.mean, runs)):.3f} ({min(map(min, runs)):.3f})" if runs else "–"
+    return f"{statistics.mean(map(statistics.mean, runs)):.3f} ({min(map(min, runs)):.3f})" if len(runs) == all else "–"
 
 
-def summary(found: dict, about: dict) -> str:
-    "Markdown: every method on every task in a line."
+USED = {"quantized, rounds, 10 exact steps": "what `emloc demo` does", "quantized, anchors in rounds": "what `emloc emulate` and `finetune` do"}
+
+
+def table(found: dict, methods: list) -> str:
+    "Markdown: these methods on every task, each in a line; those that are used first."
     judged = {task: "accuracy_share" if any(row["accuracy_share"] is not None for row in result["rows"]) else "nll_share" for task, result in found.items()}
-    lines = ["| | " + " | ".join(SHORT.get(task, task) + ("" if key == "accuracy_share" else ", NLL") for task, key in judged.items()) + " | mean of the accuracy (worst run) | mean of the NLL (worst run) |", "| --- |" + " --- |" * (len(judged) + 2)]
-    for name in in_order(row["name"] for result in found.values() for row in result["rows"]):
-        if name == METHODS[0].name: continue
+    there = [name for name in in_order(row["name"] for result in found.values() for row in result["rows"]) if name in methods]
+    lines = ["| | " + " | ".join(SHORT.get(task, task) + ("" if key == "accuracy_share" else ", NLL") for task, key in judged.items()) + " | mean accuracy (worst run) | mean NLL (worst run) |", "| --- |" + " --- |" * (len(judged) + 2)]
+    for name in sorted(there, key=lambda name: list(USED).index(name) if name in USED else len(USED)):
         own = {key: shares(found, name, key) for key in ("accuracy_share", "nll_share")}
         def of_task(task):
             runs = own[judged[task]].get(task)
             return f"{statistics.mean(runs):.3f}" + (f" ({len(runs)} seed{'s' if len(runs) > 1 else ''})" if len(runs) < 3 else "") if runs else "–"
-        lines.append(f"| {name} | " + " | ".join(map(of_task, judged)) + f" | {cell(own['accuracy_share'])} | {cell(own['nll_share'])} |")
+        means = cell(own["accuracy_share"], sum(key == "accuracy_share" for key in judged.values())), cell(own["nll_share"], len(judged))
+        lines.append(f"| {f'**{name}** ({USED[name]})' if name in USED else name} | " + " | ".join([*map(of_task, judged), *means]) + " |")
+    return "\n".join(lines)
+
+
+def summary(found: dict, about: dict) -> str:
+    "Markdown: every method on every task in a line."
     s = next(iter(found.values()))["setting"]
-    return "\n".join([f"SmolLM2-135M-Instruct, emulators of ratio {s['ratio']:g} where nothing else is said, {s['steps']} steps of {s['batch_size']} rows, {s['rows']} test rows; recovered of the accuracy, the mean over three seeds where nothing else is said. Learning rate {s['rates'][0]:g} for all.", "", *lines, "", f"(Made on several machines of this size, the last of them: {machine.line(about)}.)"])
+    return "\n".join([f"Recovered share of the accuracy, where nothing else is said: SmolLM2-135M-Instruct, emulators of ratio {s['ratio']:g} or as the name says, {s['steps']} steps of {s['batch_size']} rows, {s['rows']} test rows, the mean over three seeds, learning rate {s['rates'][0]:g}. Means over the tasks where all of them were measured.", "", table(found, [m.name for m in METHODS[1:]]), "",
+                      f"(Made on several machines of this size, the last of them: {machine.line(about)}.)"])
+
+
+def history(found: dict) -> str:
+    "Markdown: what was measured before inputs were mixed."
+    return f"What was measured before the inputs of quantized weights were mixed:\n\n{table(found, [m.name for m in BEFORE])}\n\n"
 
 
 def chosen(comparison: Comparison) -> list:
@@ -120,7 +135,7 @@ if __name__ == "__main__":
         rows = first.rows(METHODS + BEFORE)
         if rows: found[name] = {"setting": first.known["setting"], "scores": first.known["scores"], "rows": rows, "chosen": chosen(all_rates), "markdown": comparison_table(rows, first.score(None))}
     brief = summary(found, about)
-    markdown = f"{brief}\n\n{of_chosen(found)}{details(found)}"
+    markdown = f"{brief}\n\n{of_chosen(found)}{history(found)}{details(found)}"
     RESULTS.write_text(json.dumps({"machine": about, "tasks": found, "summary": brief, "markdown": markdown}, indent=1) + "\n")
-    share_figure(found).savefig(HERE.parent / "nbs" / "images" / "recovered.png", dpi=110)
+    share_figure({SHORT[task]: {"rows": [row for row in result["rows"] if not row["name"].endswith("inputs not mixed")]} for task, result in found.items()}).savefig(HERE.parent / "nbs" / "images" / "recovered.png", dpi=110)
     print(markdown)

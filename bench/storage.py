@@ -1,4 +1,4 @@
-"""What anchors cost on disk, and what fewer or coarser ones cost in score: an anchor after every block, every second, every sixth, the last alone; bfloat16 and int8.
+"""What anchors cost on disk, and what fewer or coarser ones cost in score: An anchor after every block, after some of them, after the last alone.
 
     python bench/storage.py [--task inflect] [--seeds 0] [--out runs/recovered]
 

@@ -71,6 +71,16 @@ def linear_parameters(model) -> int: # of blocks: dense or in pairs, without the
     return sum(p.numel() for n, p in model.named_parameters() if ".layers." in n and "lora_" not in n)
 
 
+def table(report: dict) -> str:
+    "Markdown."
+    lines = [f"On {machine.line(report['machine'])}: tokens a second of LoRA training on the model and on its emulators, and how many times as fast these are. The low-rank emulator has a quarter of the blocks' parameters; attention, which it shares with the model, has the share of its time in the last column.", "",
+             "| model | rows × tokens | model | low-rank | times | quantized | times | attention |", "| --- | --- | --- | --- | --- | --- | --- | --- |"]
+    for r in report["rows"]:
+        speed = r["tokens_per_second"]
+        lines.append(f"| {r['model']} | {r['rows']} × {r['tokens']} | {speed['model']:.0f} | {speed['emulator']:.0f} | {r['ratio']:.2f} | {speed['quantized']:.0f} | {r['ratio_quantized']:.2f} | {r['shares']['emulator']['attention']:.0%} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--ratio", type=float, default=0.25)
@@ -88,9 +98,7 @@ if __name__ == "__main__":
                 result = {"model": name, "parameters_ratio": smaller} | compare(rivals, *case[1:], 1 if args.quick else 5)
                 found.append(result)
                 print(f"{name}, {case[1]} x {case[2]}: emulator {result['ratio']:.2f} times as fast, quantized {result['ratio_quantized']:.2f}", flush=True)
-    lines = ["| model | rows x tokens | LoRA on the model, tokens/s | on the emulator, tokens/s | ratio | parameters of the blocks, ratio | attention's share on the emulator | on the quantized emulator, tokens/s | its ratio |", "| --- | --- | --- | --- | --- | --- | --- | --- | --- |"]
-    lines += [f"| {r['model']} | {r['rows']} x {r['tokens']} | {r['tokens_per_second']['model']:.0f} | {r['tokens_per_second']['emulator']:.0f} | {r['ratio']:.2f} | {r['parameters_ratio']:.2f} | {r['shares']['emulator']['attention']:.0%} | {r['tokens_per_second']['quantized']:.0f} | {r['ratio_quantized']:.2f} |" for r in found]
-    about = machine.describe()
-    report = {"machine": about, "ratio": args.ratio, "threads": torch.get_num_threads(), "rows": found, "table": "\n".join([*lines, "", f"({machine.line(about)})"])}
+    report = {"machine": machine.describe(), "ratio": args.ratio, "threads": torch.get_num_threads(), "rows": found}
+    report["table"] = table(report)
     if not args.quick: machine.write(HERE / "results" / "throughput.json", report)
     print(report["table"])

@@ -1,4 +1,9 @@
-"""From a key on a slider to the redrawn picture, in JupyterLab in chromium: `python bench/widgets.py` writes bench/results/widgets.json."""
+"""How soon is a picture drawn again? From a key on a slider to the redrawn picture, in JupyterLab in Chromium.
+
+    python bench/widgets.py
+
+Writes bench/results/widgets.json.
+"""
 import json
 import os
 import statistics

@@ -11,6 +11,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass, replace
 from itertools import cycle
 from pathlib import Path
+from textwrap import fill
 
 import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
@@ -223,7 +224,7 @@ def comparison_table(
     "Mean and range over the seeds; said of a method: how many seeds and learning rates, where others have more."
     def cell(values):
         values = [v for v in values if v is not None]
-        return f"{statistics.mean(values):.3f} ({min(values):.3f}–{max(values):.3f})" if values else "–"
+        return f"{statistics.mean(values):.3f}" + (f" ({min(values):.3f}–{max(values):.3f})" if len(values) > 1 else "") if values else "–"
     plain = lambda v: "–" if v is None else f"{v:.3f}"
     lines = ["| | accuracy | NLL | recovered of the accuracy | recovered of the NLL |", "| --- | --- | --- | --- | --- |",
              f"| model untouched | {plain(untouched['accuracy'])} | {untouched['nll']:.3f} | 0 | 0 |"]
@@ -248,11 +249,12 @@ def share_figure(
 ) -> Figure:
     "The shares of every method, task and seed; 1 is a LoRA trained on the model."
     names = [n for n in in_order(row["name"] for task in found.values() for row in task["rows"]) if n != METHODS[0].name]
-    figure, axes = plt.subplots(1, 2, figsize=(9, 0.9 + 0.5 * len(names)), sharey=True)
+    figure, axes = plt.subplots(1, 2, figsize=(9, 1.2 + 0.55 * len(names)), sharey=True, layout="constrained")
     for ax, key, title in zip(axes, ("accuracy_share", "nll_share"), ("recovered of the accuracy", "recovered of the NLL")):
         for t, (task, colour) in enumerate(zip(found, cycle((BLUE, ORANGE, GREEN, PINK)))):
             runs = [(row[key], names.index(row["name"])) for row in found[task]["rows"] if row["name"] in names and row[key] is not None]
-            ax.plot([x for x, _ in runs], [y + 0.15 * (t - (len(found) - 1) / 2) for _, y in runs], "o", color=colour, label=task if runs else None)
+            ax.plot([x for x, _ in runs], [y + 0.15 * (t - (len(found) - 1) / 2) for _, y in runs], "o", color=colour, label=task)
         ax.axvline(1, color="#000000", linewidth=1); ax.axvline(0, color=GREY, linewidth=1); ax.set_title(title, fontsize=9); ax.grid(axis="x", alpha=0.3)
-    axes[0].set_yticks(range(len(names)), names, fontsize=8); axes[0].invert_yaxis(); axes[1].legend(fontsize=8); figure.tight_layout()
+    axes[0].set_yticks(range(len(names)), [fill(name, 32) for name in names], fontsize=8); axes[0].invert_yaxis()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower right", ncols=len(found), fontsize=8, frameon=False)
     return figure

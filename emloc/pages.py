@@ -94,11 +94,12 @@ def benchmark_page(
 ) -> str: # Markdown
     "One section for each file in bench/results: what was asked, the table, the command."
     parts = ["---\ntitle: Benchmarks\n---\n\nEvery number below is read from a file in `bench/results` that the script named beside it has written. Run the script to measure your own machine.\n"]
-    for file in sorted((root / "bench" / "results").glob("*.json")):
+    first = ("recovered", "quality", "memory", "plan", "throughput", "decompose") # what people ask first
+    for file in sorted((root / "bench" / "results").glob("*.json"), key=lambda f: (first.index(f.stem) if f.stem in first else len(first), f.stem)):
         script, found = root / "bench" / f"{file.stem}.py", json.loads(file.read_text(encoding="utf-8"))
         said = (ast.get_docstring(ast.parse(script.read_text(encoding="utf-8"))) if script.is_file() else "") or file.stem
         question, _, rest = re.sub(r"([?:]) ", r"\1|", said.split("\n")[0], count=1).partition("|")
-        if "markdown" in found: parts.append(f"## {question.rstrip(':')}\n\n{rest}\n\n{found['markdown'].strip()}\n\n`python bench/{file.stem}.py`\n")
+        if "markdown" in found: parts.append(f"## {question.rstrip(':')}\n\n{rest[:1].upper()}{rest[1:]}\n\n{found['markdown'].strip()}\n\n`python bench/{file.stem}.py`\n")
     return "\n".join(parts)
 
 def method_page() -> str: # Markdown
