@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ast
+import html
 import json
 import re
 import sys
@@ -17,27 +18,33 @@ from .explore import WIDGET
 from .picture import CAPTION, narrow_picture, wide_picture
 
 # %% auto #0
-__all__ = ['FORMS', 'PROGRESS', 'choose', 'quiet', 'heading', 'leave_out', 'fold_imports', 'page_notebook', 'benchmark_page',
-           'method_page', 'reference_pages']
+__all__ = ['FORMS', 'STILL', 'PROGRESS', 'WIDE', 'choose', 'quiet', 'heading', 'leave_out', 'fold_imports', 'page_notebook',
+           'benchmark_page', 'method_page', 'split_signature', 'tidy_reference', 'source_notebook', 'reference_pages']
 
 # %% ../nbs/69b_pages.ipynb #b33f8c9b
 FORMS = ("text/html", "image/svg+xml", "image/png", "image/jpeg", "text/markdown", "text/latex", "text/plain") # the first that is there is shown
 
+STILL = '<p class="still">A picture of the first position: <code>emloc lab</code> opens this page in JupyterLab, where the controls move.</p>'
+
 def choose(
     data: dict, # one output in all its forms, by mime type
+    about: str = "", # what is said of a picture to who does not see it
 ) -> dict: # the same without those that a page cannot show or should not prefer
     "What a page shows of an output: of a widget, HTML with a script, else a picture, else what there is."
     known = {form: data[form] for form in FORMS if form in data}
     pictures = {form: value for form, value in known.items() if form.startswith("image/")}
     moves = "<script" in "".join(known.get("text/html", ""))
-    return pictures if WIDGET in data and pictures and not moves else known
+    still = WIDGET in data and pictures and not moves
+    if "image/png" not in known or not still and "text/html" in known: return pictures if still else known
+    said = "".join(data.get("text/plain", "")) if still else about
+    return {"text/html": f'<img alt="{html.escape(said)}" src="data:image/png;base64,{"".join(known["image/png"]).strip()}" class="img-fluid">{STILL if still else ""}'}
 
 # %% ../nbs/69b_pages.ipynb #1d3b7516
-PROGRESS = re.compile(r"\d+%\||<progress |^\{'(loss|train_runtime)': ")
+PROGRESS = re.compile(r"\d+%\||<progress |^\{'(loss|train_runtime)': |^Generating \w+ split: ")
 
 def quiet(
     outputs: list, # of a cell, as the notebook stores them
-) -> list: # the same without bars and logs
+) -> list: # the same without bars and logs; what was printed in one go is one output
     "What of an output is worth to be kept."
     kept = []
     for output in outputs:
@@ -45,7 +52,8 @@ def quiet(
         lines = [line for line in "".join(text).splitlines(keepends=True) if not PROGRESS.search(line.split("\r")[-1])]
         said = {form: "".join(output.get("data", {}).get(form, "")) for form in ("text/html", "text/plain")}
         if text and not "".join(lines).strip() or PROGRESS.search(said["text/plain"]) or "<progress " in said["text/html"]: continue
-        kept.append(output | {"text": lines} if lines and lines != [*text] else output)
+        if kept and text and kept[-1].get("text") and kept[-1]["name"] == output["name"]: kept[-1] = kept[-1] | {"text": [*"".join(kept[-1]["text"]).splitlines(keepends=True), *lines]}
+        else: kept.append(output | {"text": lines} if lines and lines != [*text] else output)
     return kept
 
 # %% ../nbs/69b_pages.ipynb #0cfbbee7
@@ -77,10 +85,14 @@ def page_notebook(
     from nbdev.process import NBProcessor
     content = json.loads(path.read_text(encoding="utf-8"))
     content["metadata"].pop("widgets", None)
+    section = ""
     for cell in content["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown": section = (re.findall(r"^#+ +(.+?) *$", source, re.MULTILINE) or [section])[-1]
         if "outputs" in cell: cell["outputs"] = quiet(cell["outputs"])
+        drawn = re.findall(r"\b(\w+_figure)\(", source)
         for output in cell.get("outputs", []):
-            if "data" in output: output["data"] = choose(output["data"])
+            if "data" in output: output["data"] = choose(output["data"], f"{section}: {' and '.join(dict.fromkeys(drawn)).replace('_', ' ') or 'a figure'}")
     title, promise, rest = heading("".join(content["cells"][0]["source"]))
     front = yaml.safe_dump({"title": title or path.stem} | ({"description": promise} if promise else {}), allow_unicode=True)
     content["cells"][:1] = [{"cell_type": "raw", "metadata": {}, "source": f"---\n{front}---\n"}, {"cell_type": "markdown", "metadata": {}, "source": rest}]
@@ -111,21 +123,62 @@ def method_page() -> str: # Markdown
     return f"---\ntitle: How it works\ntoc: false\n---\n\n{CAPTION}\n\n{picture}\n\n" + "\n".join(stages) + "\n"
 
 # %% ../nbs/69b_pages.ipynb #a6862fc3
+WIDE = 80 # letters of a signature, above which each parameter has a line
+
+def split_signature(
+    code: str, # `name(parameters) -> type`, in one line
+) -> str:
+    "The same, with a line for each parameter where it would be too long."
+    if len(code) <= WIDE: return code
+    parts, depth, start = [], 0, code.index("(") + 1
+    for i, letter in enumerate(code):
+        depth += (letter in "([{") - (letter in ")]}")
+        if depth == 0 and letter == ")": break
+        if depth == 1 and letter == "," and i >= start: parts.append(code[start:i].strip()); start = i + 1
+    lines = "".join(f"    {part},\n" for part in [*parts, code[start:i].strip()])
+    return f"{code[:code.index('(') + 1]}\n{lines}{code[i:]}"
+
+def tidy_reference(
+    text: str, # a page as smalldocs writes it
+    notebook: str, # that the module is exported from
+) -> str:
+    "Signatures that can be read, options that are not called required, no types guessed from None, and the way to the notebook."
+    text, stars = re.sub(r"(?<=```python\n)(.+)(?=\n```)", lambda found: split_signature(found[1]), text), {}
+    lines = []
+    for line in text.split("\n"):
+        if line.startswith("```python"): stars = {}
+        stars |= {name: star for star, name in re.findall(r"(?:^|[(,] ?| {4})(\*{1,2})(\w+)", line) if not line.startswith("|")}
+        row = re.match(r"\| `(\w+)` \| (.*?) \| (.*?) \| (.*)$", line)
+        if row:
+            name, kind, default, rest = row.groups()
+            star = stars.get(name, "")
+            line = f"| <code>{star}{name}</code> | {'' if kind == 'None' else kind} | {'any' if star and default == 'required' else default} | {rest}"
+        lines.append(line)
+    head, front, body = "\n".join(lines).split("---\n", 2)
+    return f"{head}---\n{front}---\n\nBuilt and explained in [{notebook}](../{notebook}.ipynb).\n{body}"
+
+def source_notebook(module: str) -> str: # the stem of the notebook that a module is exported from
+    "What nbdev has written at its top."
+    return re.search(r"File to edit: \S*?(\w+)\.ipynb", Path(sys.modules[module].__file__).read_text(encoding="utf-8"))[1]
+
 def reference_pages(
     folder: Path, # that the site is built from
     root: Path, # of the repository
 ) -> list: # the names of the pages
-    "A page for each module, an index that names every function, and `_symbols.json`, from which names in the text become links."
+    "A page for each module, an index that names every function, those of `import emloc` first, and `_symbols.json`, from which names in the text become links."
     from smalldocs import api
     modules = api.build(api.Settings(folder, ["emloc"], "api", root))
-    symbols, parts = api.inventory(["emloc"]), ["---\ntitle: API reference\n---\n\nEvery public function and class, by module, in the words of its own docstring.\n"]
-    for module in [s for s in symbols if s.kind == "module"]:
+    symbols, links, top = api.inventory(["emloc"]), json.loads((folder / "_symbols.json").read_text()), sys.modules["emloc"]
+    rows = lambda found: ["| name | what it does |\n| --- | --- |", *(f"| [`{s.name}`]({s.module.split('.', 1)[-1]}.qmd#{s.name}) | {api.cell(s.summary)} |" for s in found)]
+    named = [s for s in symbols if s.kind in ("class", "function")]
+    parts = ["---\ntitle: API reference\n---\n\nEvery public function and class in the words of its own docstring; first those that `import emloc` gives.\n", *rows(sorted((s for s in named if getattr(top, s.name, None) is getattr(sys.modules[s.module], s.name)), key=lambda s: source_notebook(s.module)))]
+    for module in [s for s in symbols if s.kind == "module" and s.module != "emloc"]:
         name = module.module.split(".", 1)[-1]
-        parts.append(f"\n## [{name}]({name}.qmd)\n\n{module.summary}\n\n| name | what it does |\n| --- | --- |")
-        parts += [f"| [`{s.name}`]({name}.qmd#{s.name}) | {api.cell(s.summary)} |" for s in symbols if s.module == module.module and s.kind in ("class", "function")]
+        page = folder / "api" / f"{name}.qmd"
+        page.write_text(tidy_reference(page.read_text(encoding="utf-8"), source_notebook(module.module)), encoding="utf-8")
+        parts += [f"\n## [{name}]({name}.qmd)\n\n{module.summary}\n", *rows(s for s in named if s.module == module.module)]
     (folder / "api" / "index.md").write_text("\n".join(parts), encoding="utf-8")
-    links = json.loads((folder / "_symbols.json").read_text())
-    exported = {f"emloc.{name}": link for name, link in links.items() if hasattr(sys.modules["emloc"], name)}
+    exported = {f"emloc.{name}": link for name, link in links.items() if hasattr(top, name)}
     links = {name: link for name, link in links.items() if "_" in name or name[0].isupper() or "." in name} | exported
     (folder / "_symbols.json").write_text(json.dumps(links))
     return sorted(page.name for page in modules)

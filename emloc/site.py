@@ -17,14 +17,15 @@ import tempfile
 import time
 from pathlib import Path
 
+import nbformat
 import yaml
 
 from .data import EmlocError
-from .pages import benchmark_page, method_page, page_notebook, reference_pages
+from .pages import benchmark_page, heading, method_page, page_notebook, reference_pages
 
 # %% auto #0
-__all__ = ['SECTIONS', 'checkout', 'notebooks', 'sidebar', 'site_config', 'dark_style', 'keep_inside', 'build_site', 'serve_site',
-           'lab_words', 'docs', 'lab']
+__all__ = ['SECTIONS', 'FOLLOW', 'checkout', 'notebooks', 'sidebar', 'site_config', 'dark_style', 'keep_inside', 'build_site',
+           'serve_site', 'lab_words', 'docs', 'lab']
 
 # %% ../nbs/69c_site.ipynb #fef14a13
 def checkout(
@@ -39,6 +40,15 @@ def checkout(
 # %% ../nbs/69c_site.ipynb #6ace7284
 SECTIONS = {"Lessons": "tutorials/*.ipynb", "Data and models": "0*.ipynb", "Stage 1: emulator": "1*.ipynb", "Stage 2: fine-tune": "2*.ipynb", "Stage 3: correct": "3*.ipynb",
             "Memory and scores": "[45][0-8]*.ipynb", "Pictures and commands": "[5-7]*.ipynb"}
+
+FOLLOW = """<script>
+for (const place of document.querySelectorAll("#quarto-sidebar .active, nav.sidebar .active")) {
+  const box = place.closest("nav");
+  const show = () => { if (box.scrollHeight > box.clientHeight) box.scrollTop += place.getBoundingClientRect().top - box.getBoundingClientRect().top - box.clientHeight / 2; };
+  show();
+  box.addEventListener("shown.bs.collapse", show);
+}
+</script>""" # the sidebar shows where one is
 
 def notebooks(
     nbs: Path, # directory
@@ -56,7 +66,8 @@ def sidebar(
     for section, pattern in SECTIONS.items():
         mine = [p for p in left if p.match(pattern) and len(p.parts) == pattern.count("/") + 1]
         left = [p for p in left if p not in mine]
-        if mine: contents.append({"section": section, "contents": [p.as_posix() for p in mine]})
+        titled = lambda p: {"text": f"{int(p.stem[:2])} {heading(nbformat.read(nbs / p, 4).cells[0].source)[0]}", "href": p.as_posix()} if section == "Lessons" else p.as_posix()
+        if mine: contents.append({"section": section, "contents": [titled(p) for p in mine]})
     if left: contents.append({"section": "More", "contents": [p.as_posix() for p in left]})
     return contents + [{"section": "API reference", "href": "api/index.md", "contents": [f"api/{page}" for page in modules]}]
 
@@ -69,7 +80,7 @@ def site_config(
     config = yaml.safe_load((root / "_quarto.yml").read_text(encoding="utf-8"))
     config.pop("metadata-files", None)
     config["project"] |= {"output-dir": str(out), "resources": ["assets/**", "images/**"]}
-    config["format"], config["smalldocs"] = {"html": {k: v for k, v in config["format"]["html"].items() if k != "keep-md"} | {"theme": {"light": "cosmo", "dark": "dark.css"}}}, {"linkify": True}
+    config["format"], config["smalldocs"] = {"html": {k: v for k, v in config["format"]["html"].items() if k != "keep-md"} | {"theme": {"light": "cosmo", "dark": "dark.css"}, "include-after-body": {"text": FOLLOW}}}, {"linkify": True}
     lessons = [p.as_posix() for p in notebooks(root / "nbs") if p.match("tutorials/*")]
     left = [{"text": "How it works", "href": "how.md"}, *({"text": "Lessons", "href": lesson} for lesson in lessons[:1]), {"text": "API", "href": "api/index.md"}, {"text": "Benchmarks", "href": "benchmarks.md"}]
     website = config["website"]
