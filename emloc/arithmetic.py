@@ -39,7 +39,9 @@ def any_machine():
     try: yield
     finally: _any_machine.pop()
 
-def planning() -> bool: return bool(_any_machine)
+def planning() -> bool:
+    "Whether a plan is being made."
+    return bool(_any_machine)
 
 def working_dtype(
     x: torch.Tensor, # that is to be multiplied
@@ -63,7 +65,9 @@ def scratch(
         with torch.inference_mode(False): kept[use, dtype] = torch.empty(size, dtype=dtype, device=device)
     return kept[use, dtype][:size].view(shape)
 
-def forget_scratch(): vars(_scratch).clear() # of this thread: where what follows needs other memory
+def forget_scratch():
+    "Let go of this thread's, where what follows needs other memory."
+    vars(_scratch).clear()
 
 PIECE = 2 ** 20 # numbers of a weight that are in float32 at the same time
 
@@ -74,7 +78,9 @@ def pieces(
     size = max(1, PIECE // weight.shape[1])
     return [slice(i, i + size) for i in range(0, len(weight), size)]
 
-def in_float32(weight: torch.Tensor) -> torch.Tensor: return scratch(weight.shape, torch.float32, weight.device, "weight").copy_(weight) # for a moment
+def in_float32(weight: torch.Tensor) -> torch.Tensor:
+    "A copy in `scratch` memory."
+    return scratch(weight.shape, torch.float32, weight.device, "weight").copy_(weight)
 
 class WideProduct(torch.autograd.Function):
     "x Wᵀ in float32, with a gradient for x."

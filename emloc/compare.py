@@ -73,7 +73,9 @@ METHODS = [Method("LoRA on the model"), Method("EMLoC", "activation"), Method("E
            Method("quantized to 0.1, the last 40% of the blocks, rounds, 10 exact steps", "activation", 1, 25, polish=10, gently=0.2, form="quantized", ratio=0.1, last=0.4)]
 
 # %% ../nbs/69_compare.ipynb #ed88aafa
-def with_reference(methods: list) -> list: return [METHODS[0], *(m for m in methods if m.metric)] # it comes first
+def with_reference(methods: list) -> list:
+    "These methods after the LoRA on the model."
+    return [METHODS[0], *(m for m in methods if m.metric)]
 
 @dataclass
 class Setting:

@@ -118,7 +118,8 @@ class Moving:
 # %% ../nbs/67_corrections.ipynb #0d61a5c9
 def per_block(
     values: dict, # {module: number}
-) -> list: # the mean over the weights of each block
+) -> list:
+    "The mean over the weights of each block."
     return by_block(values)[1].nanmean(0).tolist()
 
 def heat_map(
@@ -133,7 +134,9 @@ def heat_map(
     ax.set_title(title, fontsize=9)
     return ax.imshow(logarithm(table), aspect="auto", cmap="viridis", vmin=high - 2, vmax=high + 0.2)
 
-def logarithm(table: torch.Tensor) -> torch.Tensor: return table.clamp_min(1e-12).log10()
+def logarithm(table: torch.Tensor) -> torch.Tensor:
+    "To base ten; nothing is 10⁻¹²."
+    return table.clamp_min(1e-12).log10()
 
 def correction_figure(
     before: dict, # {name: {module: misalignment}}, moved as they are; the first is shown weight by weight
@@ -172,7 +175,7 @@ def summary(
     "The numbers under the picture."
     mean, worst = (lambda v: sum(v.values()) / len(v)), max(now, key=now.get)
     better = sum(now[n] < before[n] for n in now)
-    return f"mean misalignment {mean(before):.3f} → {mean(now):.3f}; {better} of {len(now)} weights are nearer to what was trained; farthest: {worst} at {now[worst]:.2f}"
+    return (f"mean misalignment {mean(before):.3f} → {mean(now):.3f}; " + (f"{better} of {len(now)} weights are nearer to what was trained; farthest: {worst} at {now[worst]:.2f}" if now[worst] else f"all {len(now)} weights do what was trained"))
 
 def nearest(
     candidates: list, # dicts with mode, strength, nll, accuracy
@@ -183,7 +186,7 @@ def nearest(
     same = [c for c in candidates if c["mode"] == mode]
     if not same: return ""
     c = min(same, key=lambda c: abs(c["strength"] - strength))
-    return f"; judged on the whole model, {mode} × {c['strength']:g} has a loss of {c['nll']:.3f} and begins {c['accuracy']:.0%} right"
+    return f"; the nearest that was judged on the whole model, {mode} × {c['strength']:g}, has a loss of {c['nll']:.3f} and begins {c['accuracy']:.0%} right"
 
 def correction_explorer(
     tables, # a CorrectionTable, or {name of an adapter: its CorrectionTable}

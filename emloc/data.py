@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,8 +20,8 @@ from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 
 # %% auto #0
 __all__ = ['BUILT_IN', 'READERS', 'SPLITS', 'EmlocError', 'several', 'brief', 'normalise_row', 'Task', 'find_labels', 'bbc_rows',
-           'read_rows', 'clean_rows', 'hold_out', 'load_task', 'load_tokenizer', 'row_texts', 'encode_row',
-           'encode_rows', 'rows_hash', 'collator']
+           'quiet_log', 'check_lines', 'read_rows', 'clean_rows', 'hold_out', 'load_task', 'load_tokenizer',
+           'row_texts', 'encode_row', 'encode_rows', 'rows_hash', 'collator']
 
 # %% ../nbs/00_data.ipynb #74eb15a2
 class EmlocError(ValueError):
@@ -39,6 +41,7 @@ def normalise_row(
     where: str = "row", # what to call it in an error message
 ) -> dict: # the row with the columns prompt and completion, and no others
     "A row in either shape, checked. Raises `EmlocError` when a column is missing or the completion is empty."
+    if not isinstance(row, dict): raise EmlocError(f"{where}: it must be an object with named columns, such as {{\"prompt\": …, \"completion\": …}}, and is {str(row)[:40]!r}")
     if row.get("messages") is not None and row.get("completion") is None:
         messages = row["messages"]
         if not isinstance(messages, list) or not all(isinstance(m, dict) for m in messages):
@@ -114,6 +117,26 @@ BUILT_IN = {"bbc": bbc_rows} # {name: function () -> Dataset}; add your own
 READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 SPLITS = ("train", "validation", "test")
 
+@contextmanager
+def quiet_log(name: str):
+    "For the duration of the `with`, a library does not log what is going to be an error anyway."
+    log = logging.getLogger(name)
+    before = log.level
+    log.setLevel(logging.CRITICAL)
+    try: yield
+    finally: log.setLevel(before)
+
+def check_lines(
+    file: Path,
+):
+    "Raises `EmlocError` for the first line of a `.jsonl` file that is no JSON object."
+    if file.suffix != ".jsonl": return
+    with open(file, encoding="utf-8", errors="replace") as lines:
+        for number, line in enumerate(filter(str.strip, lines), 1):
+            try: row = json.loads(line)
+            except json.JSONDecodeError as error: raise EmlocError(f"{file}, row {number}: not JSON: {error.msg} at letter {error.pos + 1} of {line.strip()[:60]!r}") from error
+            if not isinstance(row, dict): normalise_row(row, f"{file}, row {number}")
+
 def read_rows(
     source: str, # a file, a folder of files named after their splits, or `name` or `name:config` of a hub dataset
 ) -> DatasetDict: # the splits as they are stored, not yet checked
@@ -134,8 +157,10 @@ def read_rows(
                              f"{brief(error)}") from error
     suffixes = {Path(f).suffix for f in files.values()}
     if len(suffixes) > 1: raise EmlocError(f"{path}: its splits are of different kinds ({', '.join(sorted(suffixes))}); make them one")
-    try: return datasets.load_dataset(READERS[suffixes.pop()], data_files=files)
+    try:
+        with quiet_log("datasets"): return datasets.load_dataset(READERS[suffixes.pop()], data_files=files)
     except Exception as error:
+        for file in files.values(): check_lines(Path(file))
         raise EmlocError(f"{path}: no rows could be read from it as {Path(next(iter(files.values()))).suffix[1:]}: {brief(error.__cause__ or error)}") from error
 
 # %% ../nbs/00_data.ipynb #b5a27bcf

@@ -142,7 +142,8 @@ def finish_emulator(
     write_json(partial / "config.json", json.loads((checkpoint.path / "config.json").read_text()) | {"quantization_config": quantization.to_dict()})
     (partial / "README.md").write_text(README.format(base=quantization.base_model))
 
-def block_file(index: int, blocks: int) -> str: # the name of a block's safetensors file; index = blocks is the dense rest
+def block_file(index: int, blocks: int) -> str:
+    "The name of a block's safetensors file; index = blocks is the dense rest."
     return f"model-{index + 1:05d}-of-{blocks + 1:05d}.safetensors"
 
 # %% ../nbs/12_emulator.ipynb #8c4620ab
@@ -166,7 +167,7 @@ def build_emulator(
     bits: dict | None = None, # or, for the form quantized, bits for each entry of each linear by name, scales and order of the columns included
     plan=None, # or anything with an attribute `ranks`
     metric: str = "activation", # what the factors keep: the outputs (activation) or the loss (fisher)
-    form: str = "lowrank", # of the emulated linears: factors (lowrank), or the whole weight in few bits (quantized), at the same ratio of bytes
+    form: str = "lowrank", # of the emulated linears: factors (lowrank, as in the paper), or the whole weight in few bits (quantized, what the command `emloc emulate` does unless told otherwise), at the same ratio of bytes
     last: int | None = None, # only so many blocks, from the end, which then have the bytes of all; those before must come from anchors. None: all blocks
     lora: dict | None = None, # {module: (A, B, scaling)}, float32 on the CPU: inputs and gradients are those of the model with it
     resume: bool = True, # go on with an unfinished run of the same settings

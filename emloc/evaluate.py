@@ -35,7 +35,8 @@ def needed(
     return kept
 
 # %% ../nbs/50_evaluate.ipynb #eee300b1
-def answer(row: dict, label) -> dict: # the row with another completion
+def answer(row: dict, label) -> dict:
+    "The row with another completion."
     if isinstance(row["prompt"], str): return {"prompt": row["prompt"], "completion": label}
     return {"prompt": row["prompt"], "completion": [{"role": "assistant", "content": label}]}
 
@@ -91,7 +92,8 @@ def generated(
         texts += tokenizer.batch_decode(made[:, batch["input_ids"].shape[1]:], skip_special_tokens=True)
     return [t.strip() for t in texts]
 
-def said(row: dict) -> str: # the completion as text without white space around it
+def said(row: dict) -> str:
+    "The completion as text without white space around it."
     return (row["completion"] if isinstance(row["completion"], str) else row["completion"][-1]["content"]).strip()
 
 # %% ../nbs/50_evaluate.ipynb #40011408

@@ -119,8 +119,11 @@ def panel(
         except Exception as error: message.value = alert(error)
         else:
             message.value = f"<pre>{html.escape(drawn)}</pre>" if isinstance(drawn, str) else ""
+            picture.layout.display = "none" if isinstance(drawn, str) else None
             if not isinstance(drawn, str) and not first: first.append(picture.value)
-    for child in children: child.description_allow_html = False; child.observe(redraw, "value")
+    for child in children:
+        child.description, child.description_allow_html = child.description.replace("_", " "), False
+        child.observe(redraw, "value")
     redraw()
     result = Panel([*children, picture, message], lambda: first[0] if first else None, f"{draw.__name__}: controls {', '.join(c._kwarg for c in children)}")
     result.controls, result.picture, result.message = {c._kwarg: c for c in children}, picture, message
@@ -223,7 +226,7 @@ def candidate_figure(
     if chosen: bars[candidates.index(chosen)].set(edgecolor="black", linewidth=2)
     ax.set_yticks(range(len(names)), names, fontsize=8); ax.invert_yaxis()
     for i, c in enumerate(candidates): ax.text(c["nll"], i, f" {c['nll']:.3f}, right {c['accuracy']:.0%}", va="center", fontsize=8)
-    ax.margins(x=0.2)
+    ax.margins(x=0.3)
     ax.set_xlabel("held-out loss of the whole model (nats per token), and completions that begin right")
     return figure
 
@@ -255,7 +258,7 @@ def score_figure(
         values = [r[key] for r in rows]
         ax.barh(range(len(rows)), values, color=colours)
         for i, v in enumerate(values): ax.text(v, i, f" {v:.3f}", va="center", fontsize=8)
-        ax.set_xlabel(label, fontsize=9); ax.margins(x=0.15)
+        ax.set_xlabel(label, fontsize=9); ax.margins(x=0.2)
     left.set_yticks(range(len(rows)), [r["name"] for r in rows], fontsize=8); left.invert_yaxis()
     right.set_xscale("log"); right.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5))); right.xaxis.set_major_formatter("{x:g}"); right.xaxis.set_minor_formatter(NullFormatter())
     return figure

@@ -9,6 +9,7 @@ import json
 import os
 import shutil
 from contextlib import contextmanager, nullcontext
+from dataclasses import fields
 from pathlib import Path
 
 import torch
@@ -47,7 +48,9 @@ def training_args(
                     bf16=torch.cuda.is_bf16_supported() if torch.cuda.is_available() else has_units(torch.bfloat16), use_cpu=not torch.cuda.is_available(),
                     dataloader_pin_memory=False, remove_unused_columns=False, ddp_find_unused_parameters=False,
                     logging_nan_inf_filter=False) # the filter would wait for the GPU at every step
-    return TrainingArguments(**defaults | more)
+    known = {f.name for f in fields(TrainingArguments)}
+    renamed = {name: name.replace("gradient_checkpointing", "activation_checkpointing") for name in more} # transformers has two names for it, of which one warns
+    return TrainingArguments(**defaults | {new if new in known else name: more[name] for name, new in renamed.items()})
 
 # Every so many blocks memory is handed back, without checkpointing and with it. After each block the peaks would be the same, or 1% less, and a step would take 1.1 to 1.4 times as long.
 APART = (10, 2)

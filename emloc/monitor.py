@@ -84,13 +84,14 @@ class Monitor(TrainerCallback):
     def stop(self, _=None):
         "End the training after the present step."
         self.stopping, self.button.disabled = True, True
+        self.message.value = "<span role='status'>stopping after the present step</span>"
 
     def draw(self):
         with self.pen: self.picture.value = png(monitor_figure(self.losses, self.memory, self.total, self.figure), level=1)
         self.drawn = time.perf_counter()
 
     def say(self, state, end: str = ""):
-        loss = f", loss {self.losses[-1][1]:.3f}" if self.losses else ""
+        loss = f", loss {self.losses[-1][1]:.3f}" + f" (step {self.losses[-1][0]})" * (self.losses[-1][0] != state.global_step) if self.losses else ""
         self.message.value = f"<span role='status'>step {state.global_step} of {state.max_steps}{loss}, memory {self.memory[-1][1] / 2**30:.2f} GiB{end}</span>"
 
     def on_train_begin(self, args, state, control, **kwargs):

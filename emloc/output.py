@@ -35,7 +35,8 @@ def check_out(
 
 def partial_of(
     out, # where the finished directory will be
-) -> Path: # its name until then
+) -> Path:
+    "Its name until then."
     return Path(out).with_name(Path(out).name + ".partial")
 
 def finish_directory(

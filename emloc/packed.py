@@ -69,7 +69,9 @@ def look_up(
     else: torch.index_select(table.view(word).flatten(), 0, numbers, out=into.view(word))
 
 # %% ../nbs/03a_packed.ipynb #ebf900f9
-def frozen(*shape, dtype=None, device=None): return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device), requires_grad=False)
+def frozen(*shape, dtype=None, device=None) -> nn.Parameter:
+    "Room for numbers that are not trained."
+    return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device), requires_grad=False)
 
 class Packed(nn.Module):
     "Some columns of a weight in a few bits for each number, one column after the other."
@@ -116,7 +118,9 @@ def as_stored(
 GROUP = 64 # neighbours in a row that share a scale
 STEP = 24 # the finer columns are a multiple of it, so that what comes after them begins with a machine word
 
-def bits_of(levels: int) -> float: return 8 / PER_BYTE[levels] # that one number takes
+def bits_of(levels: int) -> float:
+    "What one number of so many levels takes."
+    return 8 / PER_BYTE[levels]
 
 def overhead(shape: tuple) -> float: # bits for each entry of a weight (out, in)
     "What scales and the order of the columns take."
@@ -136,7 +140,9 @@ def layout(
     columns = int((left - bits_of(coarse)) / (bits_of(fine) - bits_of(coarse)) * in_ / STEP) * STEP
     return [(columns, fine)] * (columns > 0) + [(in_ - columns, coarse)]
 
-def order_dtype(columns: int) -> torch.dtype: return torch.int16 if columns <= 2 ** 15 else torch.int32 # of column numbers
+def order_dtype(columns: int) -> torch.dtype:
+    "Of the numbers of columns."
+    return torch.int16 if columns <= 2 ** 15 else torch.int32
 
 # %% ../nbs/03a_packed.ipynb #1794cac2
 ROTATIONS = (64, 16, 4, 1) # inputs that may be mixed: the entries of their Hadamard matrix are powers of two

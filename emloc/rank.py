@@ -21,7 +21,8 @@ def check_ratio(
     if not 0 < ratio <= 1: raise EmlocError(f"ratio {ratio}: must be above 0 and at most 1; 0.25 keeps a quarter of the linears' parameters")
     return ratio
 
-def entries(shapes: dict) -> int: # parameters of all the weights of {name: (out, in)}
+def entries(shapes: dict) -> int:
+    "The parameters of all the weights of {name: (out, in)}."
     return sum(out * in_ for out, in_ in shapes.values())
 
 def break_even(

@@ -29,7 +29,8 @@ __all__ = ['shapes_of', 'KNOTS', 'RATIOS', 'bits_for', 'peak_knots', 'bits_table
 shapes_of = lru_cache(4)(Shapes)
 KNOTS = {"lowrank": (0.05, 0.5, 0.95), "quantized": (0.1, 0.15, 0.3, 0.5)} # ratios; of those in bits the least that is possible, and the last
 
-def bits_for(s: Shapes, ratio: float) -> dict | None: # {module: bits}; None where a number would have less than one
+def bits_for(s: Shapes, ratio: float) -> dict | None: # {module: bits}
+    "The bits that a ratio buys; None where a number would have less than one."
     try: return choose_bits(s.shapes, ratio, s.dtype)
     except EmlocError: return None
 
@@ -85,7 +86,8 @@ def rank_table(
 def nearest(
     table: dict, # of rank_table
     ratio: float,
-) -> int: # place in the table's ratios
+) -> int:
+    "The place in the table's ratios that is nearest."
     return min(range(len(table["ratios"])), key=lambda i: abs(table["ratios"][i] - ratio))
 
 def ranks_at(

@@ -84,7 +84,8 @@ class Ledger(TorchDispatchMode):
         if tensor.dtype == torch.bool: return tensor.untyped_storage()._cdata in self.finite or not self.padded
         return float(self.length) if tensor.is_floating_point() else self.length
 
-def everything(x: torch.Tensor, indices: list) -> torch.Tensor: # what x[mask] has at most
+def everything(x: torch.Tensor, indices: list) -> torch.Tensor:
+    "What x[mask] has at most."
     mask = next(i for i in indices if i is not None)
     return x.new_empty((mask.numel(), *x.shape[mask.dim():]))
 

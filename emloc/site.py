@@ -46,7 +46,7 @@ for (const place of document.querySelectorAll("#quarto-sidebar .active, nav.side
   const box = place.closest("nav");
   const show = () => { if (box.scrollHeight > box.clientHeight) box.scrollTop += place.getBoundingClientRect().top - box.getBoundingClientRect().top - box.clientHeight / 2; };
   show();
-  box.addEventListener("shown.bs.collapse", show);
+  new MutationObserver(show).observe(box, { attributes: true, attributeFilter: ["class"] }); // on a phone it is opened later
 }
 </script>""" # the sidebar shows where one is
 

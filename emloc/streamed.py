@@ -148,10 +148,13 @@ def forks(
     with mock.patch.multiple("emloc.block", decompose=named(decompose), decompose_fisher=named(decompose_fisher)), \
          mock.patch.multiple("emloc.spectrum", krylov=tried, unit_columns=by_qr, lost=lossy), mock.patch("torch.linalg.cholesky_ex", root): yield
 
-def first_waves(groups, turns): # what `waves` gives; of thousands of tiles the first has the most columns and outputs to carry on to
+def first_waves(groups, turns):
+    "What `waves` gives first; of thousands of tiles this has the most columns and outputs to carry on to."
     yield [(0, 0)]
 
-def kind(name: str) -> str: return re.sub(r"\d+", "", name) # of a weight, the same in every block
+def kind(name: str) -> str:
+    "What is the same in every block of the name of a weight."
+    return re.sub(r"\d+", "", name)
 
 @contextmanager
 def taken_forks(): # gives a set of (what, name of the weight), which fills

@@ -126,7 +126,7 @@ CONTRAST = """() => {
     return own[3] === 1 ? own.slice(0, 3) : over(own, paper(node.parentElement)); };
   const light = colour => { const [r, g, b] = colour.map(c => (c /= 255) <= 0.04045 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4); return 0.2126 * r + 0.7152 * g + 0.0722 * b; };
   const own = node => [...node.childNodes].some(n => n.nodeType === 3 && n.textContent.trim());
-  const seen = [...document.querySelectorAll('main *, #quarto-sidebar *')].filter(n => own(n) && n.getClientRects().length && !n.closest('svg, .katex-mathml, style, script, option, [hidden]'));
+  const seen = [...document.querySelectorAll('main *, #quarto-sidebar *, .smalldocs-search-results.show *')].filter(n => own(n) && n.getClientRects().length && !n.closest('svg, .katex-mathml, style, script, option, [hidden]'));
   return seen.map(n => { const under = paper(n), style = getComputedStyle(n), lights = [light(over(parse(style.color), under)), light(under)];
     return [(Math.max(...lights) + 0.05) / (Math.min(...lights) + 0.05), n.tagName + '.' + n.className + ': ' + n.textContent.trim().slice(0, 40)]; });
 }"""
@@ -144,6 +144,28 @@ def test_pages_can_be_read_in_light_and_in_dark(page, address, path):
     assert is_dark(page) == page.evaluate("matchMedia('(prefers-color-scheme: dark)').matches")
     found = page.evaluate(CONTRAST)
     assert len(found) > 30 and [f for f in found if f[0] < 4.5] == []
+
+
+@pytest.mark.parametrize("page", ["light", "dark"], indirect=True)
+def test_what_was_found_can_be_read(page, address, size):
+    page.goto(address + "how.html")
+    if size == "phone": page.locator(".navbar-toggler").click()
+    page.locator(".smalldocs-search:visible input").fill("rank")
+    page.locator(".smalldocs-search-results.show a").nth(1).wait_for()
+    page.keyboard.press("ArrowDown") # one of them is chosen
+    page.evaluate("document.querySelectorAll('main, #quarto-sidebar').forEach(n => n.remove())")
+    found = page.evaluate(CONTRAST)
+    assert len(found) > 5 and [f for f in found if f[0] < 4.5] == []
+
+
+def test_the_sidebar_shows_where_one_is(page, address, size):
+    page.goto(address + "71_cli.html")
+    if size == "phone": page.locator(".quarto-secondary-nav button, [data-bs-target*='sidebar']").first.click()
+    active = page.locator("#quarto-sidebar a.active").last
+    active.wait_for()
+    page.wait_for_timeout(500)
+    box = active.bounding_box()
+    assert 0 <= box["y"] <= page.viewport_size["height"]
 
 
 @pytest.mark.parametrize("page", ["dark"], indirect=True)

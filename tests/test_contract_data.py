@@ -196,3 +196,11 @@ def test_labels_of_chat_rows_are_what_the_assistant_says(tmp_path):
     file = tmp_path / "chat.jsonl"
     file.write_text("\n".join(json.dumps({"messages": turns(i)}) for i in range(40)))
     assert load_task(file).labels == ["even", "odd"]
+
+
+@pytest.mark.parametrize("line, words", [('{"prompt": "a", "completion": " b",}', "row 2: not JSON: .* at letter 36"), ("5", "row 2: it must be an object"), ("[1, 2]", "row 2: it must be an object")])
+def test_a_line_that_is_no_row_is_named(line, words, tmp_path, caplog):
+    file = tmp_path / "rows.jsonl"
+    file.write_text(json.dumps(PLAIN) + f"\n\n{line}\n")
+    with pytest.raises(EmlocError, match=words): load_task(file)
+    assert not caplog.records

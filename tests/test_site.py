@@ -76,6 +76,21 @@ def test_the_site_is_small(site):
     assert site.report["bytes"] == sum(p.stat().st_size for p in site.folder.rglob("*") if p.is_file())
 
 
+def test_lessons_have_numbers_and_pictures_words(site):
+    home, gap = ((site.folder / name).read_text(encoding="utf-8") for name in ("index.html", "tutorials/05_the_gap.html"))
+    assert "5 The gap" in home
+    assert all(re.search(r'alt="[^"]{8,}"', img) for img in re.findall(r"<img [^>]*data:image[^>]*>", gap))
+
+
+def test_the_reference_says_what_is_optional_and_where_it_is_explained(site):
+    page = (site.folder / "api" / "emulator.html").read_text(encoding="utf-8")
+    row = re.search(r"<tr[^>]*>(?:(?!</tr>).)*\*\*walk_options.*?</tr>", page, re.DOTALL)[0]
+    assert "required" not in row and "any" in row
+    assert re.search(r'Built and explained in <a [^>]*href="\.\./12_emulator\.html"', page)
+    plan = re.search(r"<tr[^>]*>(?:(?!</tr>).)*<code>plan</code>.*?</tr>", page, re.DOTALL)[0]
+    assert plan.count("None") == 1 # its default, and no type
+
+
 def test_the_reference_names_every_public_function(site):
     import inspect
     from importlib import import_module
@@ -99,7 +114,7 @@ def test_benchmarks_are_those_of_the_results(site):
 def test_a_widget_stays_alive_or_is_a_picture_and_its_state_does_no_harm(site):
     page = (site.folder / "tutorials" / "99_probe.html").read_text(encoding="utf-8")
     assert page.count('<script type="module">') == 1 and "const square = (k) => `${k * k}`;" in page
-    assert page.count("data:image/png") == 1 and "Explorer(rank=3)" not in page
+    assert page.count("data:image/png") == 1 and page.count("Explorer(rank=3)") == 1 and '<img alt="Explorer(rank=3)"' in page and page.count('class="still"') == 1
     assert "IPY_MODEL" not in page and "const square" not in (site.folder / "search.json").read_text(encoding="utf-8")
 
 

@@ -194,12 +194,12 @@ def test_correction_explorer_moves_and_shows_errors(llama_stages, anchored, task
     shown = correction_explorer({"a": table, "b": other}, {"a": [{"mode": "gram", "strength": 1.0, "nll": 0.5, "accuracy": 0.9}], "b": [{"mode": "none", "strength": 1.0, "nll": 0.3, "accuracy": 0.8}]})
     before = shown.picture.value
     shown.controls["strength"].value = 2.0
-    assert shown.picture.value != before and "gram × 1 has a loss of 0.500" in shown.reading.value
+    assert shown.picture.value != before and "gram × 1, has a loss of 0.500" in shown.reading.value
     assert [label for label, _ in shown.controls["adapter"]._options_full] == ["a", "b, trained with anchors"]
     shown.controls["adapter"].value = "b"
     shown.controls["mode"].value = "none"
     shown.controls["strength"].value = 1.0
-    assert "mean misalignment 0.000 → 0.000" in shown.reading.value and "none × 1 has a loss of 0.300" in shown.reading.value
+    assert "mean misalignment 0.000 → 0.000; all" in shown.reading.value and "none × 1, has a loss of 0.300" in shown.reading.value
     shown.controls["adapter"].value = "a"
     table.products = table.products[:, :1]
     shown.controls["strength"].value = 1.5
