@@ -149,9 +149,9 @@ def correction_figure(
     axes = figure.subplot_mosaic([["lines", "before", "bars"], ["lines", "after", "bars"]], width_ratios=[1, 1.2, 1])
     lines, bars = axes["lines"], axes["bars"]
     top = max(max(per_block(v)) for v in [*before.values(), now]) or 1.0
-    bottom = top / 200
+    bottom = top / 30
     for (name, values), colour in zip(before.items(), (GREY, PINK, "#000000")):
-        lines.plot([max(v, bottom) for v in per_block(values)], color=colour, linestyle="--", label=f"{name}, moved as it is" + ("" if any(values.values()) else ": none"))
+        lines.plot([max(v, bottom) for v in per_block(values)], color=colour, linestyle="--", label=f"{name}, moved as it is" + ("" if any(values.values()) else ": 0 everywhere"))
     moving, = lines.plot(per_block(now), color=BLUE, marker=".", label="corrected")
     lines.set_yscale("log"); lines.set_ylim(0.9 * bottom, 8 * top); lines.set_xlabel("block"); lines.set_title("misalignment, mean of a block", fontsize=9); lines.legend(fontsize=8, loc="upper right")
     high = math.log10(max(max(v.values()) for v in [*before.values(), now]) or 1.0)
@@ -160,9 +160,9 @@ def correction_figure(
     axes["before"].set_xticks([]); axes["after"].set_xlabel("block")
     figure.colorbar(image, ax=[axes["before"], axes["after"]])
     bars.barh(range(len(candidates)), [c["nll"] for c in candidates], color=[COLOURS.get(c["mode"], PINK) for c in candidates])
-    for i, c in enumerate(candidates): bars.text(c["nll"], i, f" {c['nll']:.2f}, right {c['accuracy']:.0%}", va="center", fontsize=7)
+    for i, c in enumerate(candidates): bars.text(c["nll"], i, f" {c['nll']:.2f}, right {c['accuracy']:.0%}", va="center", fontsize=7, bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.5})
     for name, loss in (rivals or {}).items(): bars.axvline(loss, color="#000000", linestyle=":", label=f"best of {name}")
-    if rivals: bars.legend(fontsize=7, loc="upper right")
+    if rivals: bars.legend(fontsize=7, loc="upper right", bbox_to_anchor=(1, -0.12), frameon=False)
     bars.set_yticks(range(len(candidates)), [f"{c['mode']} × {c['strength']:g}" for c in candidates], fontsize=7)
     bars.invert_yaxis(); bars.margins(x=0.5); bars.set_xlabel("held-out loss"); bars.set_title("judged on the whole model", fontsize=9)
     return figure, moving, image

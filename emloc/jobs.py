@@ -26,7 +26,7 @@ def job_figure(
     text: str = "", # what the line says
 ): # a Figure
     "A job as a picture, for pages without a kernel."
-    figure, ax = plt.subplots(figsize=(6, 0.7))
+    figure, ax = plt.subplots(figsize=(6, 0.8), layout="constrained")
     ax.barh([0], [1], color="#dddddd"); ax.barh([0], [share], color=BLUE)
     ax.set_xlim(0, 1); ax.axis("off")
     ax.set_title(f"[ {label} ]  [ Cancel ]  {text}", fontsize=9, loc="left", parse_math=False)

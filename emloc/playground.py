@@ -70,12 +70,12 @@ def columns_figure(
     prompt: str = "",
 ): # a Figure
     "The same as a picture."
-    figure, ax = plt.subplots(figsize=(9, 1.6))
+    figure, ax = plt.subplots(figsize=(9, 1.9), layout="tight")
     ax.axis("off")
-    ax.text(0, 1, prompt[-110:], fontsize=8, va="top", color="#555555")
+    ax.text(0, 1, " ".join(prompt.split())[-110:], fontsize=8, va="top", color="#555555")
     for i, (name, text) in enumerate(texts.items()):
-        ax.text(i / len(texts), 0.7, name, weight="bold", fontsize=9, va="top")
-        ax.text(i / len(texts), 0.45, "\n".join(text[j:j + 34] for j in range(0, min(len(text), 102), 34)), fontsize=8, va="top", family="monospace", parse_math=False)
+        ax.text(i / len(texts), 0.78, name, weight="bold", fontsize=9, va="top")
+        ax.text(i / len(texts), 0.55, "\n".join(text[j:j + 34] for j in range(0, min(len(text), 102), 34)), fontsize=8, va="top", family="monospace", parse_math=False)
     return figure
 
 # %% ../nbs/68_playground.ipynb #3f8f0afe
@@ -91,15 +91,17 @@ def playground(
     controls = {"prompt": widgets.Textarea(prompt, description="prompt", layout={"width": "95%", "height": "5em"}), "tokens": widgets.IntSlider(tokens, 1, 200, description="tokens at most", **style),
                 "temperature": widgets.FloatSlider(0, min=0, max=1.5, step=0.1, description="temperature", **style), "chat": widgets.Checkbox(chat, description="as a chat message")}
     output, loaded, texts = widgets.HTML(columns({n: "" for n in models})), {}, {}
+    def show(): output.value = columns({n: (texts[n] or "(nothing: it ended at once)") if n in texts else "" for n in models})
     def work(tell):
         texts.clear()
+        show()
         for i, (name, (model, other)) in enumerate(models.items()):
             if name not in loaded:
                 tell(f"loading {name}", i, len(models))
                 loaded[name] = (model, other) if isinstance(model, torch.nn.Module) else open_model(model, other)
             values = {k: c.value for k, c in controls.items() if k != "prompt"}
             texts[name] = complete(*loaded[name], controls["prompt"].value, tell=lambda n: tell(name, i * values["tokens"] + n, len(models) * values["tokens"]), **values)
-            output.value = columns({n: texts.get(n, "") for n in models})
+            show()
         return dict(texts)
     job = Job("Generate", work, lambda texts: "done", "What was written so far is shown.")
     still = lambda: png(columns_figure({n: texts.get(n, "") for n in models}, controls["prompt"].value))
