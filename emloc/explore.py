@@ -122,7 +122,8 @@ def panel(
             picture.layout.display = "none" if isinstance(drawn, str) else None
             if not isinstance(drawn, str) and not first: first.append(picture.value)
     for child in children:
-        child.description, child.description_allow_html = child.description.replace("_", " "), False
+        child.description_allow_html = False
+        if child.description == child._kwarg: child.description = child._kwarg.replace("_", " ") # nobody gave it another one
         child.observe(redraw, "value")
     redraw()
     result = Panel([*children, picture, message], lambda: first[0] if first else None, f"{draw.__name__}: controls {', '.join(c._kwarg for c in children)}")

@@ -3,6 +3,7 @@ import ast
 import filecmp
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -37,7 +38,7 @@ def copy(tmp_path_factory) -> Path:
 
 
 def files(folder: Path) -> dict:
-    wanted = [*folder.glob("emloc/**/*.py"), *folder.glob("nbs/**/*.ipynb"), folder / "README.md"]
+    wanted = [*folder.glob("emloc/**/*.py"), *folder.glob("nbs/**/*.ipynb"), folder / "README.md", folder / "bench" / "TABLES.md"]
     return {str(p.relative_to(folder)): p for p in wanted}
 
 
@@ -47,6 +48,13 @@ def test_export_clean_and_readme_leave_the_tree_unchanged(copy):
     assert before.keys() == after.keys()
     changed = [name for name in before if not filecmp.cmp(before[name], after[name], shallow=False)]
     assert not changed, f"run nbdev_export, nbdev_clean and python nbs/readme.py; out of step: {changed}"
+
+
+@pytest.mark.parametrize("file", ["README.md", "bench/TABLES.md", "bench/README.md"])
+def test_links_on_github_lead_somewhere(file):
+    links = [link for link in re.findall(r"\]\(([^)#\s]+)", (ROOT / file).read_text()) if "://" not in link]
+    assert [link for link in links if not (ROOT / file).parent.joinpath(link).exists()] == []
+    if file == "README.md": assert len(links) > 20
 
 
 def test_the_step_check_notices_a_module_edited_by_hand(copy):

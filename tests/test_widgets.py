@@ -5,6 +5,7 @@ import json
 import threading
 from types import SimpleNamespace
 
+import ipywidgets
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
@@ -309,3 +310,11 @@ def test_no_garbage_is_collected_while_a_picture_is_drawn():
     gc.disable()
     try: shown.controls["n"].value = 5; assert not gc.isenabled()
     finally: gc.enable()
+
+
+def test_a_panel_of_text_has_no_picture_and_names_its_controls():
+    shown = explore.panel(lambda long_name, other: f"said {long_name}" if other else plt.figure(), long_name=(1, 5), other=ipywidgets.Checkbox(True, description="a_b"))
+    assert shown.picture.layout.display == "none" and "said 3" in shown.message.value
+    assert [c.description for c in shown.controls.values()] == ["long name", "a_b"]
+    shown.controls["other"].value = False
+    assert shown.picture.layout.display is None and shown.picture.value and shown.message.value == ""
