@@ -21,7 +21,8 @@ CELLS = ["""
 import torch
 import matplotlib.pyplot as plt
 from emloc.corrections import CorrectionTable, correction_explorer
-from emloc.explore import panel, spectrum_figure
+from emloc.explore import spectrum_figure
+from emloc.panels import panel
 from emloc.ranking import rank_table, rank_explorer, shapes_of
 from emloc.spectra import SpectrumExplorer, rank_steps
 from emloc.spectrum import Spectrum

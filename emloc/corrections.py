@@ -20,7 +20,8 @@ from .correct import Pieces, check_family, subtract
 from .data import EmlocError
 from .easel import no_collection, pixels_png
 from .evaluate import input_grams
-from .explore import BLUE, COLOURS, GREY, PINK, Panel, alert, by_block, picture_box
+from .explore import BLUE, COLOURS, GREY, PINK, by_block
+from .panels import Panel, alert, picture_box
 from .model import Checkpoint, find_model
 from .walk import Walk
 

@@ -5,137 +5,19 @@
 # %% ../nbs/60_explore.ipynb #631961e6
 from __future__ import annotations
 
-import base64
-import html
-
-import anywidget
-import ipywidgets as widgets
 import matplotlib.pyplot as plt
 import torch
-import traitlets
-from IPython.display import display
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from .data import EmlocError
-from .easel import Easel, no_collection
 from .spectrum import Spectrum
 
 BLUE, ORANGE, GREEN, PINK, SKY, RED, GREY = "#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#999999"
 COLOURS = {"none": GREY, "clamp": ORANGE, "gram": BLUE, "auto": GREEN}
 
 # %% auto #0
-__all__ = ['BLUE', 'ORANGE', 'GREEN', 'PINK', 'SKY', 'RED', 'GREY', 'COLOURS', 'WIDGET', 'alert', 'picture_box', 'Keys',
-           'view_of', 'Panel', 'panel', 'play', 'spectrum_figure', 'by_block', 'heat', 'rank_figure', 'error_figure',
-           'candidate_figure', 'plan_figure', 'score_figure', 'alignment_figure']
-
-# %% ../nbs/60_explore.ipynb #21f312f4
-def alert(
-    error: BaseException,
-) -> str: # HTML that screen readers say at once
-    "An error as a person should see it in the page."
-    text = str(error) if isinstance(error, EmlocError) else f"{type(error).__name__}: {error}"
-    return f"<b role='alert'>{html.escape(text)}</b>"
-
-def picture_box() -> widgets.Image:
-    "A place for a PNG, shown in its own size or as wide as the page."
-    return widgets.Image(format="png", layout={"align_self": "flex-start", "max_width": "100%"})
-
-class Keys(anywidget.AnyWidget):
-    "Tells JupyterLab to leave the keys to what has the focus in a panel, and screen readers what sliders and pictures are called, which ipywidgets leaves out."
-    _esm = """export default { initialize() {
-      if (window.emlocKeys) return;
-      window.emlocKeys = true;
-      const say = handle => {
-        const slider = handle.closest(".jupyter-widgets"), words = part => slider?.querySelector(part)?.textContent;
-        for (const [name, text] of [["aria-label", words(".widget-label")], ["aria-valuetext", words(".widget-readout")]])
-          if (text && handle.getAttribute(name) !== text) handle.setAttribute(name, text);
-      };
-      document.addEventListener("focusin", event => {
-        const found = event.target;
-        if (!found.closest(".emloc-panel")) return;
-        found.setAttribute("data-lm-suppress-shortcuts", "true");
-        if (!found.matches(".noUi-handle") || found.emlocSays) return;
-        found.emlocSays = new MutationObserver(() => say(found));
-        found.emlocSays.observe(found.closest(".jupyter-widgets"), {subtree: true, childList: true, characterData: true, attributes: true});
-        say(found);
-      });
-    }, render({ model, el }) {
-      const name = tries => {
-        const found = el.closest(".emloc-panel")?.querySelectorAll("img") ?? [];
-        found.forEach(picture => { picture.alt ||= model.get("text"); });
-        if (!found.length && tries) setTimeout(name, 100, tries - 1); // the panel is not in the page yet
-      };
-      name(50);
-    } };"""
-    text = traitlets.Unicode().tag(sync=True) # what the panel's pictures show
-
-WIDGET = "application/vnd.jupyter.widget-view+json"
-
-def view_of(
-    widget,
-    text: str, # what it is
-) -> dict: # by mime type
-    "How a notebook names a live widget in a cell's output."
-    return {WIDGET: {"version_major": 2, "version_minor": 0, "model_id": widget.model_id}, "text/plain": text}
-
-class Panel(widgets.VBox):
-    "Widgets in a column, with a picture for pages without a kernel."
-    def __init__(
-        self,
-        children, # widgets
-        still=None, # function () -> PNG bytes, or None where there is nothing to see
-        text: str = "", # what it is, for pages without pictures
-        **options, # for VBox
-    ):
-        super().__init__([*children, Keys(text=text, layout={"display": "none"})], **options)
-        self.add_class("emloc-panel")
-        self.still, self.text, self.place = still, text, None
-
-    def _repr_mimebundle_(self, **kwargs):
-        view = view_of(self, self.text)
-        found = self.still() if self.still else None
-        return view | ({"image/png": base64.b64encode(found).decode()} if found else {"text/html": f"<p>{html.escape(self.text)}</p>"})
-
-    def _ipython_display_(self): self.place = display(self._repr_mimebundle_(), raw=True, display_id=True)
-
-    def keep(self):
-        "Store the picture of now where the panel is shown."
-        if self.place: self.place.update(self._repr_mimebundle_(), raw=True)
-
-# %% ../nbs/60_explore.ipynb #4c7b0d0c
-def panel(
-    draw, # function of the controls' values -> Figure, or text
-    **controls, # name = what ipywidgets makes a control of
-) -> Panel: # with the controls, the picture and a line for messages
-    "A figure that is drawn again whenever a control moves."
-    picture, message, first, easel = picture_box(), widgets.HTML(), [], Easel()
-    children = [c for c in widgets.interactive(lambda **_: None, {"manual": True}, **controls).children if hasattr(c, "_kwarg")]
-    @no_collection()
-    def redraw(_=None):
-        try:
-            drawn = draw(**{child._kwarg: child.value for child in children})
-            if not isinstance(drawn, str): picture.value = easel.png(drawn, level=1 if first else 6)
-        except Exception as error: message.value = alert(error)
-        else:
-            message.value = f"<pre>{html.escape(drawn)}</pre>" if isinstance(drawn, str) else ""
-            picture.layout.display = "none" if isinstance(drawn, str) else None
-            if not isinstance(drawn, str) and not first: first.append(picture.value)
-    for child in children:
-        child.description_allow_html = False
-        if child.description == child._kwarg: child.description = child._kwarg.replace("_", " ") # nobody gave it another one
-        child.observe(redraw, "value")
-    redraw()
-    result = Panel([*children, picture, message], lambda: first[0] if first else None, f"{draw.__name__}: controls {', '.join(c._kwarg for c in children)}")
-    result.controls, result.picture, result.message = {c._kwarg: c for c in children}, picture, message
-    return result
-
-def play(draw, **controls):
-    "Show a `panel`; its first picture is stored with it for pages without a kernel."
-    shown = panel(draw, **controls)
-    bundle = shown._repr_mimebundle_()
-    if not shown.still(): bundle["text/html"] = shown.message.value
-    display(bundle, raw=True)
+__all__ = ['BLUE', 'ORANGE', 'GREEN', 'PINK', 'SKY', 'RED', 'GREY', 'COLOURS', 'spectrum_figure', 'by_block', 'heat',
+           'rank_figure', 'error_figure', 'candidate_figure', 'plan_figure', 'score_figure', 'alignment_figure']
 
 # %% ../nbs/60_explore.ipynb #0ba9a90e
 def spectrum_figure(

@@ -15,7 +15,7 @@ import anywidget
 import traitlets
 
 from .easel import png
-from .explore import view_of
+from .panels import view_of
 
 # %% auto #0
 __all__ = ['SCRIPT', 'page', 'Explorer']

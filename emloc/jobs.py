@@ -13,7 +13,8 @@ import ipywidgets as widgets
 import matplotlib.pyplot as plt
 
 from .easel import png
-from .explore import BLUE, Panel, alert
+from .explore import BLUE
+from .panels import Panel, alert
 from .output import watching
 
 # %% auto #0

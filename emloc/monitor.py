@@ -16,7 +16,8 @@ from matplotlib.figure import Figure
 from transformers import TrainerCallback
 
 from .easel import png
-from .explore import BLUE, ORANGE, Panel, picture_box
+from .explore import BLUE, ORANGE
+from .panels import Panel, picture_box
 from .finetune import train_adapter
 from .jobs import Job
 

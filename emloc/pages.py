@@ -14,7 +14,7 @@ from pathlib import Path
 
 import yaml
 
-from .explore import WIDGET
+from .panels import WIDGET
 from .picture import CAPTION, narrow_picture, wide_picture
 
 # %% auto #0

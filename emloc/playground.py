@@ -15,7 +15,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from .data import EmlocError, encode_row
 from .easel import png
 from .evaluate import open_model
-from .explore import Panel
+from .panels import Panel
 from .jobs import Job
 
 # %% auto #0

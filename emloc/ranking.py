@@ -14,7 +14,8 @@ import traitlets
 from .data import EmlocError
 from .easel import png
 from .emulator import FORMS, build_emulator, choose_bits
-from .explore import Panel, by_block, heat, rank_figure
+from .explore import by_block, heat, rank_figure
+from .panels import Panel
 from .explorers import Explorer
 from .jobs import Job
 from .packed import PER_BYTE, bits_of, layout

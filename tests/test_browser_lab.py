@@ -52,7 +52,8 @@ from emloc.playground import playground
 play = playground({"model": (here["model"], None), "emulator with adapter": (here["emulator"], here["raw"])}, "we saw one otter is a", tokens=3)
 play
 """, """
-from emloc.explore import BLUE, play as show
+from emloc.explore import BLUE
+from emloc.panels import play as show
 import matplotlib.pyplot as plt
 def wave(times=2.0):
     if times > 4: raise ValueError("too fast for the eye")

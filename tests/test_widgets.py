@@ -14,7 +14,7 @@ from matplotlib.axis import Axis
 from PIL import Image
 from transformers import TrainerControl, TrainerState
 
-from emloc import explore
+from emloc import explore, panels
 from emloc.anchor import compute_anchors
 from emloc.corrections import correction_explorer, correction_table
 from emloc.correct import correct_adapter
@@ -223,7 +223,7 @@ def test_a_panel_shows_errors_and_keeps_its_first_picture():
     def draw(n=1):
         if n > 2: raise ValueError("<too many>")
         figure, ax = explore.plt.subplots(figsize=(2, 1)); ax.plot(range(n + 1)); return figure
-    shown = explore.panel(draw, n=(1, 3))
+    shown = panels.panel(draw, n=(1, 3))
     first = shown.picture.value
     shown.controls["n"].value = 1
     assert shown.still() and shown.message.value == ""
@@ -303,9 +303,9 @@ def test_no_garbage_is_collected_while_a_picture_is_drawn():
     seen = []
     def draw(n=3): seen.append(gc.isenabled()); return plt.subplots()[0]
     def fails(n=3): raise ValueError("no")
-    shown = explore.panel(draw, n=(1, 5))
+    shown = panels.panel(draw, n=(1, 5))
     shown.controls["n"].value = 4
-    explore.panel(fails, n=(1, 5))
+    panels.panel(fails, n=(1, 5))
     assert seen == [False, False] and gc.isenabled()
     gc.disable()
     try: shown.controls["n"].value = 5; assert not gc.isenabled()
@@ -313,7 +313,7 @@ def test_no_garbage_is_collected_while_a_picture_is_drawn():
 
 
 def test_a_panel_of_text_has_no_picture_and_names_its_controls():
-    shown = explore.panel(lambda long_name, other: f"said {long_name}" if other else plt.figure(), long_name=(1, 5), other=ipywidgets.Checkbox(True, description="a_b"))
+    shown = panels.panel(lambda long_name, other: f"said {long_name}" if other else plt.figure(), long_name=(1, 5), other=ipywidgets.Checkbox(True, description="a_b"))
     assert shown.picture.layout.display == "none" and "said 3" in shown.message.value
     assert [c.description for c in shown.controls.values()] == ["long name", "a_b"]
     shown.controls["other"].value = False
