@@ -300,7 +300,7 @@ def test_playground(page, here):
     out.get_by_text("done", exact=True).wait_for()
     for name, models in (("model", (here["model"], None)), ("emulator with adapter", (here["emulator"], here["raw"]))):
         wanted = complete(*open_model(*models), "we saw one otter is a", tokens=3)
-        assert out.locator(f"section[aria-label='{name}'] div").text_content() == wanted
+        assert out.locator(f"section[aria-label='{name}'] div").text_content() == (wanted or "(nothing: it ended at once)")
     out.locator("textarea").fill("")
     out.get_by_role("button", name="Generate").click()
     out.locator("[role=alert]").wait_for()
