@@ -10,7 +10,7 @@ from pathlib import Path
 
 import machine
 from emloc.compare import METHODS, Comparison, Method, Setting
-from emloc.data import load_task
+from emloc.data import load_task, several
 from emloc.model import Checkpoint, block_names, find_model, skeleton
 from recovered import SHORT
 
@@ -22,7 +22,7 @@ VARIANTS = [*map(emulated, SHARES), *(Method(f"LoRA on the model, {last:.2g}", l
 
 def cell(found: dict | None) -> str: # of a table
     if not found: return "–"
-    return " / ".join("–" if found[k] is None else f"{found[k]:.3f}" for k in ("accuracy", "nll")) + f" ({found['seeds']} seed{'s' * (found['seeds'] > 1)})"
+    return " / ".join("–" if found[k] is None else f"{found[k]:.3f}" for k in ("accuracy", "nll")) + f" ({several(found['seeds'], 'seed')})"
 
 
 if __name__ == "__main__":

@@ -137,6 +137,7 @@ def large(bench: Bench, base):
     print(line(bench.rows[-1]), flush=True)
 
 
+HEAD = ["| stage | peak over the libraries, MiB | bound, MiB | met | |", "| --- | --- | --- | --- | --- |"]
 PARTS = {"growth": growth, "embedded": embedded, "large": large}
 GROUPS = { # what the rows of a table begin with: all that is left is the large model's
     "**Does stage 1 grow with the number of blocks?** Random models of hidden size 768; the bound is 5% more than the peak with the fewest blocks.": tuple(f"stage 1, {n} blocks" for n in (*SIZES["full"]["counts"], *SIZES["quick"]["counts"])),
@@ -152,9 +153,6 @@ def tables(rows: list, about: dict) -> str:
         left = [row for row in left if row not in own]
         if own: parts += [title, "", *HEAD, *map(line, own), ""]
     return "\n".join([*parts, f"({machine.line(about)}. Each row is a process of its own; its peak is the larger of the resident set every 10 ms and the kernel's VmHWM, minus the resident set once everything is imported.)"])
-
-
-HEAD = ["| stage | peak over the libraries, MiB | bound, MiB | met | |", "| --- | --- | --- | --- | --- |"]
 
 
 def run(out: Path, *, quick: bool = False, base="default", parts: list = list(PARTS), again: bool = False, malloc: bool = False, results: Path | None = None) -> dict:

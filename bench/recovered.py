@@ -13,7 +13,7 @@ from pathlib import Path
 
 import machine
 from emloc.compare import METHODS, Comparison, Method, Setting, comparison_table, in_order, share_figure
-from emloc.data import Task, load_task
+from emloc.data import Task, load_task, several
 from emloc.output import write_json
 
 HERE = Path(__file__).parent
@@ -31,6 +31,7 @@ class Unmixed(Method):
 def unmixed(method: Method) -> Method: return Unmixed(**{**vars(method), "name": f"{method.name}, inputs not mixed"})
 
 
+NOW = [m.name for m in METHODS[1:]]
 BEFORE = [unmixed(m) for m in METHODS if m.form == "quantized" and m.every and not (m.polish and m.ratio)]
 
 
@@ -66,7 +67,7 @@ def table(found: dict, methods: list) -> str:
         own = {key: shares(found, name, key) for key in ("accuracy_share", "nll_share")}
         def of_task(task):
             runs = own[judged[task]].get(task)
-            return f"{statistics.mean(runs):.3f}" + (f" ({len(runs)} seed{'s' if len(runs) > 1 else ''})" if len(runs) < 3 else "") if runs else "–"
+            return f"{statistics.mean(runs):.3f}" + (f" ({several(len(runs), 'seed')})" if len(runs) < 3 else "") if runs else "–"
         means = cell(own["accuracy_share"], sum(key == "accuracy_share" for key in judged.values())), cell(own["nll_share"], len(judged))
         lines.append(f"| {f'**{name}** ({USED[name]})' if name in USED else name} | " + " | ".join([*map(of_task, judged), *means]) + " |")
     return "\n".join(lines)
@@ -75,7 +76,7 @@ def table(found: dict, methods: list) -> str:
 def summary(found: dict, about: dict) -> str:
     "Markdown: every method on every task in a line."
     s = next(iter(found.values()))["setting"]
-    return "\n".join([f"Recovered share of the accuracy, where nothing else is said: SmolLM2-135M-Instruct, emulators of ratio {s['ratio']:g} or as the name says, {s['steps']} steps of {s['batch_size']} rows, {s['rows']} test rows, the mean over three seeds, learning rate {s['rates'][0]:g}. Means over the tasks where all of them were measured.", "", table(found, [m.name for m in METHODS[1:]]), "",
+    return "\n".join([f"Recovered share of the accuracy, where nothing else is said: SmolLM2-135M-Instruct, emulators of ratio {s['ratio']:g} or as the name says, {s['steps']} steps of {s['batch_size']} rows, {s['rows']} test rows, the mean over three seeds, learning rate {s['rates'][0]:g}. Means over the tasks where all of them were measured.", "", table(found, NOW), "",
                       f"(Made on several machines of this size, the last of them: {machine.line(about)}.)"])
 
 
@@ -137,5 +138,5 @@ if __name__ == "__main__":
     brief = summary(found, about)
     markdown = f"{brief}\n\n{of_chosen(found)}{history(found)}{details(found)}"
     RESULTS.write_text(json.dumps({"machine": about, "tasks": found, "summary": brief, "markdown": markdown}, indent=1) + "\n")
-    share_figure({SHORT[task]: {"rows": [row for row in result["rows"] if not row["name"].endswith("inputs not mixed")]} for task, result in found.items()}).savefig(HERE.parent / "nbs" / "images" / "recovered.png", dpi=110)
+    share_figure({SHORT[task]: {"rows": [row for row in result["rows"] if row["name"] in NOW]} for task, result in found.items()}).savefig(HERE.parent / "nbs" / "images" / "recovered.png", dpi=110)
     print(markdown)
