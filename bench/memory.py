@@ -128,6 +128,11 @@ def large(bench: Bench, base):
     compare_training(bench, "large model", "large", model, emulator, "adapter-large")
     compare_training(bench, "large model", "large-rounds", model, emulator, "adapter-rounds", "the same, in rounds of 25 steps", job="train_in_rounds")
     bench.drop("adapter-rounds")
+    packed = bench.measure(f"stage 1, quantized, {rows} rows, all {geometry['num_hidden_layers']} blocks", "stage1-quantized", GIB, job="emulate", model=model, out="emulator-quantized", rows=rows, length=length, form="quantized")
+    if "error" not in packed:
+        compare_training(bench, "large model", "large-quantized", model, out / "emulator-quantized", "adapter-quantized", "training the quantized emulator")
+        compare_training(bench, "large model", "large-quantized-rounds", model, out / "emulator-quantized", "adapter-rounds", "the same, in rounds of 25 steps", job="train_in_rounds")
+    bench.drop("emulator-quantized", "adapter-quantized", "adapter-rounds")
     for mode in MODES:
         bench.measure(f"correct, mode {mode}", f"correct-{mode}", GIB, job="correct", adapter=adapter, emulator=emulator, model=model, out=f"corrected-{mode}", mode=mode, length=length, held_out=sizes["judged"])
     bench.measure("merge", "merge", GIB, job="merge", model=model, adapter=str(out / "corrected-clamp"), out="merged")

@@ -14,8 +14,8 @@ from .packed import GROUP, QuantizedLinear, as_stored, gaussian_levels, layout, 
 from .spectrum import Gram, largest, power_of_two
 
 # %% auto #0
-__all__ = ['LARGEST', 'TURNS', 'STRIP', 'level_table', 'nearest', 'best_scales', 'carry_matrix', 'by_loudness', 'round_group',
-           'waves', 'within_groups', 'round_weight', 'energy', 'quantize']
+__all__ = ['LARGEST', 'STRIP', 'TURNS', 'level_table', 'nearest', 'best_scales', 'carry_matrix', 'mixed', 'by_loudness',
+           'round_group', 'waves', 'within_groups', 'round_weight', 'energy', 'quantize']
 
 # %% ../nbs/11a_rounding.ipynb #20ca4da0
 def level_table(
@@ -60,19 +60,30 @@ def carry_matrix(
     del root
     return torch.linalg.cholesky(inverse, upper=True)
 
-def by_loudness(
+STRIP = 512 # rows of a large matrix at a time
+
+def mixed(
     matrix: torch.Tensor, # G (n, n)
+) -> torch.Tensor: # Q G Qᵀ (n, n)
+    "The Gram matrix of inputs that are mixed."
+    found = rotate(matrix)
+    for rows in found.split(STRIP): rows.copy_(rotate(rows.T).T)
+    return found
+
+def by_loudness(
+    matrix, # function () -> G (n, n): made again when it is needed, so that it does not wait beside its inverse
     damping: float, # added to its diagonal, relative to the mean: more rows than were seen
 ) -> tuple: # (order (n,), U (n, n) for this order)
     "The loudest first: most is left to make up for its error. Raises `EmlocError` for a matrix that is not positive, not even damped and in float64."
-    loud = matrix.diagonal()
-    order, more = loud.argsort(descending=True, stable=True), damping * loud.mean().clamp_min(torch.finfo(matrix.dtype).tiny)
+    loud = matrix().diagonal().clone()
+    order, more = loud.argsort(descending=True, stable=True), damping * loud.mean().clamp_min(torch.finfo(loud.dtype).tiny)
     def damped(dtype):
-        found = matrix[order][:, order].to(dtype)
+        given, found = matrix(), torch.empty(len(loud), len(loud), dtype=dtype, device=loud.device)
+        for places, rows in zip(order.split(STRIP), found.split(STRIP)): rows.copy_(given[places][:, order])
         found.diagonal().add_(more)
         return found
-    for dtype in (matrix.dtype, torch.float64):
-        try: return order, carry_matrix(damped(dtype)).to(matrix.dtype)
+    for dtype in (loud.dtype, torch.float64):
+        try: return order, carry_matrix(damped(dtype)).to(loud.dtype)
         except torch.linalg.LinAlgError: pass
     raise EmlocError("a Gram matrix of what it saw is not positive, not even damped; try other calibration rows")
 
@@ -94,7 +105,6 @@ def round_group(
 
 # %% ../nbs/11a_rounding.ipynb #27dcd7e3
 TURNS = 16 # in which the outputs are rounded
-STRIP = 512 # outputs at a time, when the error is judged
 
 def waves(
     groups: int, # of columns
@@ -174,8 +184,8 @@ def quantize(
     if gradients: power_of_two(float(gradients.matrix.diagonal().amax()), f"{name}: its output gradients on the calibration rows have")
     layer = QuantizedLinear(in_, out, parts, device=weight.device, dtype=weight.dtype)
     try:
-        order, carry = by_loudness(rotate(rotate(matrix).T), damping)
-        rows, heard = by_loudness(gradients.matrix.to(matrix), gradient_damping) if gradients else (torch.arange(out, device=weight.device), None)
+        order, carry = by_loudness(lambda: mixed(matrix), damping)
+        rows, heard = by_loudness(lambda: gradients.matrix.to(matrix), gradient_damping) if gradients else (torch.arange(out, device=weight.device), None)
         numbers, scales, unit = round_weight(rotate(weight.to(matrix.dtype).T)[order][:, rows], parts, carry, heard)
     except EmlocError as error: raise EmlocError(f"{name}: {error}") from error
     del carry, heard
