@@ -18,10 +18,23 @@ from .easel import png
 from .panels import view_of
 
 # %% auto #0
-__all__ = ['SCRIPT', 'page', 'Explorer']
+__all__ = ['SCRIPT', 'BEGIN', 'END', 'script', 'renewed', 'page', 'Explorer']
 
 # %% ../nbs/63_explorers.ipynb #9a4c8782
 SCRIPT = Path(str(files("emloc"))) / "static" / "explorers.js"
+
+BEGIN, END = '<script type="module">\n', "\nstandAlone(" # around the script of a page
+
+def script() -> str:
+    "The script as a page holds it: Markdown ends a piece of HTML at an empty line."
+    return "\n".join(line for line in SCRIPT.read_text().replace("export default { render };", "").splitlines() if line.strip())
+
+def renewed(
+    html: str, # of `page`, stored by a run of some time ago; or anything else, which stays as it is
+) -> str:
+    "With the script of today."
+    begin, end = html.find(BEGIN), html.rfind(END)
+    return html if min(begin, end) < 0 else html[:begin] + BEGIN + script() + html[end:]
 
 def page(
     state: dict, # what the script asks its model for, as JSON can hold it
@@ -29,13 +42,11 @@ def page(
     title: str, # what the picture shows
 ) -> str: # HTML
     "An explorer that needs no kernel: its state and the script, in one piece of HTML."
-    script = SCRIPT.read_text().replace("export default { render };", "")
-    script = "\n".join(line for line in script.splitlines() if line.strip()) # Markdown ends a piece of HTML at an empty line
     data = json.dumps(state, separators=(",", ":")).replace("<", "\\u003c")
     place = f"emloc-{hashlib.sha256(data.encode()).hexdigest()[:10]}"
     image = base64.b64encode(picture).decode()
-    return (f'<div id="{place}"><img alt="{title}" src="data:image/png;base64,{image}"></div>\n<script type="module">\n{script}\n'
-            f'standAlone({data}, document.getElementById("{place}"));\n</script>')
+    return (f'<div id="{place}"><img alt="{title}" src="data:image/png;base64,{image}"></div>\n{BEGIN}{script()}{END}'
+            f'{data}, document.getElementById("{place}"));\n</script>')
 
 # %% ../nbs/63_explorers.ipynb #6d960eb7
 class Explorer(anywidget.AnyWidget):

@@ -4,6 +4,7 @@ import filecmp
 import json
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -13,9 +14,10 @@ import beside
 import nbformat
 import pytest
 
-from emloc.pages import quiet
+from emloc.explorers import page, renewed
 
 ROOT = Path(__file__).parent.parent
+tidy = runpy.run_path(str(ROOT / "nbs" / "quiet.py"))["tidy"]
 NOTEBOOKS = beside.NOTEBOOKS
 
 
@@ -74,9 +76,17 @@ def test_outputs_are_stored_and_small(notebook):
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
-def test_no_progress_bar_or_training_log_is_stored(notebook):
+def test_no_progress_bar_training_log_or_old_script_is_stored(notebook):
     outputs = [cell["outputs"] for cell in json.loads(notebook.read_text())["cells"] if "outputs" in cell]
-    assert outputs == [quiet(o) for o in outputs], "run python nbs/quiet.py"
+    assert outputs == [tidy(o) for o in outputs], "run python nbs/quiet.py"
+
+
+def test_an_old_script_is_noticed():
+    new = page({"kind": "ranks"}, b"", "ranks")
+    old = new.replace("function", "fonction")
+    stored = lambda html: [{"output_type": "display_data", "data": {"text/html": html}}]
+    assert renewed(old) == new != old and renewed("<b>no page</b>") == "<b>no page</b>"
+    assert tidy(stored(old)) == stored(new) and tidy(stored(old.splitlines(keepends=True))) == stored(new.splitlines(keepends=True))
 
 
 @pytest.mark.parametrize("notebook", [p for p in NOTEBOOKS if p.stem != "index"], ids=lambda p: p.stem)

@@ -267,7 +267,9 @@ function ranks({ model, el }) {
     scale.textContent = `${top}; an empty cell stays dense`;
     const said = choices.map(c => {
       const list = current(c), b = size(list);
-      maps[c].title.textContent = `${titles[c] ?? c}: ranks ${Math.min(...list.filter(k => k))} to ${Math.max(...list)}`;
+      const chosen = c === model.get("choice");
+      maps[c].title.textContent = `${titles[c] ?? c}: ranks ${Math.min(...list.filter(k => k))} to ${Math.max(...list)}${chosen ? " (chosen)" : ""}`;
+      maps[c].node.style.outline = chosen ? "2px solid var(--blue)" : "";
       fill(maps[c], list, k => k / top);
       return `${titles[c] ?? c}: emulator ${mib(b)} of the model's ${mib(table.model_bytes)}, stage 2 peaks at ${mib(peak(b))}`;
     });
