@@ -197,7 +197,7 @@ def test_the_emulator_on_the_screen_is_built_and_cancelled(page, here):
     chosen = lambda: [title.split(":")[0] for title in out.get_by_text("(chosen)").all_text_contents()]
     for choice in ("one ratio for all", "as the spectra ask"):
         out.get_by_role("radio", name=choice).check()
-        assert chosen() == [choice]
+        until(page, chosen, [choice])
     ratio = float(out.get_by_role("slider", name="ratio").get_attribute("aria-valuetext").split()[1])
     out.get_by_role("button", name="Build this emulator").click()
     out.get_by_text("1 of 3").wait_for()

@@ -243,7 +243,9 @@ function ranks({ model, el }) {
     forms[model.get("form")].checked = modes[model.get("mode")].checked = true; uses[model.get("choice")].checked = true;
     budget.value = model.get("budget"); tokens.value = model.get("seq_len"); batch.value = model.get("batch_size");
     tokens.disabled = batch.disabled = !model.get("alive");
-    if (model.get("mode") === "budget") fit();
+    // what is wrong is said at the end: everything else is drawn
+    let wrong = model.get("problem");
+    try { if (model.get("mode") === "budget") fit(); } catch (error) { wrong = error.message; }
     const i = index();
     slider.value = i; slider.setAttribute("aria-valuetext", `ratio ${table.ratios[i]}`); shown.textContent = table.ratios[i];
     const show = (node, yes) => { node.style.display = yes ? "" : "none"; };
@@ -260,7 +262,7 @@ function ranks({ model, el }) {
       if (!b) throw Error(`ratio ${table.ratios[i]}: less than one bit for each number; the least is ${table.ratios[table.bits.bytes.findIndex(b => b)]}`);
       bitMap.title.textContent = `whole weights: ${Math.min(...bits).toFixed(2)} to ${Math.max(...bits).toFixed(2)} bits of a number`;
       reading.textContent = `in few bits: emulator ${mib(b)} of the model's ${mib(table.model_bytes)}, stage 2 peaks at ${mib(peak(b))}`;
-      if (model.get("problem")) throw Error(model.get("problem"));
+      if (wrong) throw Error(wrong);
       return;
     }
     const top = Math.max(...choices.flatMap(c => current(c)));
@@ -274,7 +276,7 @@ function ranks({ model, el }) {
       return `${titles[c] ?? c}: emulator ${mib(b)} of the model's ${mib(table.model_bytes)}, stage 2 peaks at ${mib(peak(b))}`;
     });
     reading.replaceChildren(...said.map(line => make("div", {}, line)));
-    if (model.get("problem")) throw Error(model.get("problem"));
+    if (wrong) throw Error(wrong);
   });
   box.append(make("div", { class: "row" }, formSet), make("div", { class: "row" }, modeSet, make("label", {}, "ratio", slider), shown),
     make("div", { class: "row" }, make("label", {}, "budget", budget), make("label", {}, "tokens", tokens), make("label", {}, "batch", batch), useSet),
