@@ -8,6 +8,7 @@ Writes bench/results/recovered.json and nbs/images/recovered.png from all tasks 
 import argparse
 import json
 import statistics
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +29,8 @@ class Unmixed(Method):
     def kind(self) -> str: return super().kind().replace("rotated", "quantized", 1)
 
 
-def unmixed(method: Method) -> Method: return Unmixed(**{**vars(method), "name": f"{method.name}, inputs not mixed"})
+UNMIXED = ", inputs not mixed"
+def unmixed(method: Method) -> Method: return Unmixed(**vars(method) | {"name": method.name + UNMIXED})
 
 
 NOW = [m.name for m in METHODS[1:]]
@@ -80,9 +82,15 @@ def summary(found: dict, about: dict) -> str:
                       f"(Made on several machines of this size, the last of them: {machine.line(about)}.)"])
 
 
+def older(comparison: Comparison) -> list:
+    "Of what was measured before inputs were mixed, the methods that have had fewer runs since."
+    runs = Counter(row["name"] for row in comparison.rows(METHODS + BEFORE))
+    return [method for method in BEFORE if runs[method.name] > runs[method.name.removesuffix(UNMIXED)]]
+
+
 def history(found: dict) -> str:
     "Markdown: what was measured before inputs were mixed."
-    return f"What was measured before the inputs of quantized weights were mixed:\n\n{table(found, [m.name for m in BEFORE])}\n\n"
+    return f"What was measured before the inputs of quantized weights were mixed, and not as often since:\n\n{table(found, [m.name for m in BEFORE])}\n\n"
 
 
 def chosen(comparison: Comparison) -> list:
@@ -133,7 +141,7 @@ if __name__ == "__main__":
         every = Setting(**json.loads(file.read_text())["setting"])
         first, all_rates = (Comparison(task, file.parent, s) for s in (replace(every, rates=every.rates[:1]), every))
         for comparison in (first, all_rates): comparison.begin()
-        rows = first.rows(METHODS + BEFORE)
+        rows = first.rows(METHODS + older(first))
         if rows: found[name] = {"setting": first.known["setting"], "scores": first.known["scores"], "rows": rows, "chosen": chosen(all_rates), "markdown": comparison_table(rows, first.score(None))}
     brief = summary(found, about)
     markdown = f"{brief}\n\n{of_chosen(found)}{history(found)}{details(found)}"
