@@ -92,17 +92,22 @@ def compare_training(bench: Bench, title: str, name: str, model, emulator, adapt
         print(line(bench.rows[-1]), flush=True)
 
 
+def quantized(bench: Bench, title: str, name: str, model, stage1: str):
+    "What the commands do by default: whole weights in few bits, trained on, and trained on in rounds."
+    packed = bench.measure(stage1, name, GIB, job="emulate", model=str(model), out="emulator-quantized", rows=bench.sizes["rows"], length=bench.sizes["length"], form="quantized")
+    if "error" not in packed:
+        emulator = bench.out / "emulator-quantized"
+        compare_training(bench, title, name, model, emulator, "adapter-quantized", "training the quantized emulator")
+        compare_training(bench, title, f"{name}-rounds", model, emulator, "adapter-rounds", "the same, in rounds of 25 steps", job="train_in_rounds")
+    bench.drop("emulator-quantized", "adapter-quantized", "adapter-rounds")
+
+
 def embedded(bench: Bench, base):
     "Stage 2 on the embedded model."
     out = bench.measure("embedded model: stage 1", "embedded", GIB, job="emulate", model=str(base), out="emulator-embedded", rows=bench.sizes["rows"], length=bench.sizes["length"])
     if "error" not in out: compare_training(bench, "embedded model", "embedded", base, bench.out / "emulator-embedded", "adapter-embedded")
     bench.drop("emulator-embedded", "adapter-embedded")
-    packed = bench.measure("embedded model: stage 1, quantized", "embedded-quantized", GIB, job="emulate", model=str(base), out="emulator-quantized", rows=bench.sizes["rows"], length=bench.sizes["length"], form="quantized")
-    if "error" not in packed:
-        emulator = bench.out / "emulator-quantized"
-        compare_training(bench, "embedded model", "embedded-quantized", base, emulator, "adapter-quantized", "training the quantized emulator")
-        compare_training(bench, "embedded model", "embedded-rounds", base, emulator, "adapter-rounds", "the same, in rounds of 25 steps", job="train_in_rounds")
-    bench.drop("emulator-quantized", "adapter-quantized", "adapter-rounds")
+    quantized(bench, "embedded model", "embedded-quantized", base, "embedded model: stage 1, quantized")
 
 
 def large(bench: Bench, base):
@@ -128,11 +133,7 @@ def large(bench: Bench, base):
     compare_training(bench, "large model", "large", model, emulator, "adapter-large")
     compare_training(bench, "large model", "large-rounds", model, emulator, "adapter-rounds", "the same, in rounds of 25 steps", job="train_in_rounds")
     bench.drop("adapter-rounds")
-    packed = bench.measure(f"stage 1, quantized, {rows} rows, all {geometry['num_hidden_layers']} blocks", "stage1-quantized", GIB, job="emulate", model=model, out="emulator-quantized", rows=rows, length=length, form="quantized")
-    if "error" not in packed:
-        compare_training(bench, "large model", "large-quantized", model, out / "emulator-quantized", "adapter-quantized", "training the quantized emulator")
-        compare_training(bench, "large model", "large-quantized-rounds", model, out / "emulator-quantized", "adapter-rounds", "the same, in rounds of 25 steps", job="train_in_rounds")
-    bench.drop("emulator-quantized", "adapter-quantized", "adapter-rounds")
+    quantized(bench, "large model", "large-quantized", model, f"stage 1, quantized, {rows} rows, all {geometry['num_hidden_layers']} blocks")
     for mode in MODES:
         bench.measure(f"correct, mode {mode}", f"correct-{mode}", GIB, job="correct", adapter=adapter, emulator=emulator, model=model, out=f"corrected-{mode}", mode=mode, length=length, held_out=sizes["judged"])
     bench.measure("merge", "merge", GIB, job="merge", model=model, adapter=str(out / "corrected-clamp"), out="merged")
