@@ -182,7 +182,7 @@ def predicted(run: dict, taken: list) -> tuple: # (Need, as planned without know
     from emloc import needs
     from emloc.emulator import choose_bits
     from emloc.rank import uniform
-    s = needs.Shapes(run["folder"])
+    s = needs.Shapes(run["folder"], mapped=run["stage"] == "build")
     ranks, size = choose_bits(s.shapes, RATIO, s.dtype) if run.get("form") else uniform(s.shapes, RATIO), (run["batch_size"], run["seq_len"])
     settings = {"batch_size": run["batch_size"], "seq_len": run["seq_len"], "completion": run.get("completion"), "checkpointing": run.get("checkpointing", False), "lora": None}
     if run["stage"] == "build":

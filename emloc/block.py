@@ -174,6 +174,7 @@ def build_block(
 ) -> BuiltBlock: # the same in every process
     "Run a block on the calibration rows and factorise or round its linears."
     seen, team, choice = look(step), processes(), ranks | {n: float(b) for n, b in (bits or {}).items()}
+    step.walk.map_anew() # until the next block runs
     missing = set(step.linears) - set(seen.inputs)
     if missing: raise EmlocError(f"{sorted(missing)[0]}: no calibration token reached this layer, so it cannot be emulated; give more or other rows")
     weights = {n: dense_weight(m) for n, m in step.linears.items()}

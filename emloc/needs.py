@@ -52,8 +52,12 @@ RUNTIME = {"step": 1.25 * 2**20, "walk": 31 * 2**20, "fisher": 85 * 2**20} # byt
 
 class Shapes:
     "A model's config, and the skeletons made from it."
-    def __init__(self, model):
-        (self.config, self.dtype), self.made = find_config(model), {}
+    def __init__(
+        self,
+        model, # a directory with config.json, a hub name, 'default', or a short name of GEOMETRIES
+        mapped: bool = False, # stage 1 is on a CPU, where the embedding is in memory only while blocks run
+    ):
+        (self.config, self.dtype), self.made, self.mapped = find_config(model), {}, mapped
         whole = self.whole()
         self.names = block_names(whole)
         self.main, self.shapes, self.bytes = len(main_blocks(whole)), linear_shapes(whole), n_bytes(whole)
@@ -125,7 +129,7 @@ def building(
     "Stage 1. The Fisher metric keeps what goes into every block on disk, and has gradients as large as the hidden states, which wait with them."
     fisher, batch_size = metric == "fisher", min(batch_size, rows)
     all, batch = s.hidden(rows, seq_len), s.hidden(batch_size, seq_len)
-    peaks = building_peaks(s.whole(2 if fisher else 1), choice, batch_size, seq_len, metric=metric, completion=completion, taken=taken)
+    peaks = building_peaks(s.whole(2 if fisher else 1), choice, batch_size, seq_len, metric=metric, completion=completion, taken=taken, mapped=s.mapped)
     return walking(s, "1 emulator", peaks, (1 + fisher) * all, batch, disk=s.emulator_bytes(choice) + all * (s.main + 2 if fisher else 2), more=batch if fisher else 0, runtime="fisher" if fisher else "walk")
 
 def allocating(

@@ -22,6 +22,7 @@ from .block import build_block
 from .correct import Pieces, judge
 from .emulator import built_pass
 from .fisher import decompose_fisher
+from .geometry import n_bytes
 from .lowrank import chosen
 from .model import Conv1D, dense_weight, linears
 from .pairlora import lora_config
@@ -83,14 +84,29 @@ class PaperWalk(Walk):
         ledger: Ledger, # that counts; `pretend` must be on
         batch: dict, # of fake_batch
         variants: int = 1, # how many hidden states are kept
+        mapped: bool = False, # as on a CPU, where the embedding is in memory only while blocks run
     ):
         self.checkpoint, self.device, self.share = Blank(model, ledger), torch.device("cpu"), (0, 1)
+        self.away = 0 # bytes
         size = len(batch["input_ids"])
         self.batches, self.order = [{k: t for k, t in batch.items() if k != "logits_to_keep"}] * BATCHES, [range(i * size, (i + 1) * size) for i in range(BATCHES)]
         self.begin(model.eval())
+        if not mapped: self.mapped = []
         self.names = main_blocks(model, self.names)
         self.blocks = [model.get_submodule(n) for n in self.names]
         self.hidden = [Waiting(ledger, self.waiting()) for _ in range(variants)]
+
+    def map_anew(self):
+        for name in self.mapped: self.leave(n_bytes(self.model.get_submodule(name)))
+
+    def leave(self, size: int):
+        "So much of the weights is not in memory now."
+        self.checkpoint.ledger.live["weights"] += self.away - size
+        self.away = size
+
+    def forward(self, *args, **more):
+        self.leave(0)
+        return super().forward(*args, **more)
 
     def waiting(self) -> list: # [(rows, tokens, features)]
         "Hidden states such as go into a block."
@@ -176,6 +192,7 @@ def building_peaks(
     metric: str = "activation", # or fisher
     completion: int | None = None, # positions of a row that have logits, for fisher; by default all
     taken: set | None = None, # {(what, name of a weight in any block)} of forks that cost more; by default all
+    mapped: bool = False, # as in `PaperWalk`
 ) -> dict: # {moment: {kind: bytes}}; kind `waiting` is in CPU memory
     "Stage 1: the largest state while a block runs and while a weight is factorised or rounded; for the Fisher metric also at the loss."
     ledger, config = book(model, batch_size, seq_len, "a block runs"), chosen(choice)
@@ -192,7 +209,7 @@ def building_peaks(
     with pretend(ledger), forks(decide):
         batch = fake_batch(model, batch_size, seq_len, completion)
         with on_paper(batch, model), mock.patch("emloc.rounding.waves", first_waves), mock.patch.multiple("emloc.emulator", load_file=lambda _: {f"0.{i}": h for i, h in enumerate(walk.waiting())}, save_file=nothing, loss_gradient=waiting_gradients(ledger)):
-            walk = PaperWalk(model, ledger, batch)
+            walk = PaperWalk(model, ledger, batch, mapped=mapped)
             run = SimpleNamespace(done={}, blocks=lambda label, walk: walk, counted=lambda label, left, total: left, file=lambda *_: SimpleNamespace(unlink=nothing), mark=nothing)
             if metric == "fisher":
                 for step in walk: step.run()

@@ -127,7 +127,7 @@ class Walk:
         head = self.model.get_output_embeddings()
         self.heads = [n for n, m in self.model.named_modules() if m is head and m.weight is not self.model.get_input_embeddings().weight]
         self.late = list(self.heads)
-        self.again = [n for n, m in self.model.named_modules() if m is self.model.get_input_embeddings() and lent is None and not self.heads and self.device.type == "cpu"]
+        self.mapped = [n for n, m in self.model.named_modules() if m is self.model.get_input_embeddings() and lent is None and self.device.type == "cpu"]
         if lent is not None:
             borrow(self.model, lent, self.device, skip=[*self.names, *self.late])
             self.model.tie_weights()
@@ -161,11 +161,17 @@ class Walk:
         empty(self.blocks[index])
 
     def put_head_away(self):
-        "Let go of a head of its own; it is read again when it is needed. One that is the embedding as well is mapped anew on a CPU: of the file only the rows of the tokens then come into memory."
-        for name in self.heads + self.again: empty(self.model.get_submodule(name))
+        "Let go of a head, which is read again when it is needed."
+        for name in self.heads: empty(self.model.get_submodule(name))
         self.late = list(self.heads)
-        for name in self.again: fill(self.model, self.checkpoint, name, device=self.device)
-        self.model.tie_weights()
+        self.map_anew() # it may be the embedding as well
+
+    def map_anew(self):
+        "On a CPU the embedding is mapped from its file, and what was asked of it stays in memory, with the pages around; let go of that."
+        for name in self.mapped:
+            empty(self.model.get_submodule(name))
+            fill(self.model, self.checkpoint, name, device=self.device)
+        if self.mapped: self.model.tie_weights()
 
     def __iter__(self):
         for i in range(self.start, len(self)):

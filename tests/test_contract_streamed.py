@@ -91,6 +91,17 @@ def test_where_every_fork_costs_more_a_build_needs_more_and_a_run_writes_its_for
     assert taken == {("float64", "hard")}
 
 
+def test_a_mapped_embedding_is_away_while_weights_are_made():
+    whole, mapped = (Shapes("SmolLM2-135M", mapped=m) for m in (False, True))
+    embedding = 49152 * 576 * 2
+    for metric in ("activation", "fisher"):
+        peaks = [building_peaks(s.whole(2), uniform(s.shapes, 0.25), 2, 16, metric=metric, completion=4, mapped=s.mapped) for s in (whole, mapped)]
+        less = {moment: sum(parts.values()) - sum(peaks[1][moment].values()) for moment, parts in peaks[0].items()}
+        assert less["a weight is factorised"] == embedding and less["a block runs"] == 0
+        assert all(n >= 0 for parts in peaks[1].values() for n in parts.values())
+    assert building(mapped, uniform(mapped.shapes, 0.25), 16, 8, 64).peak <= building(whole, uniform(whole.shapes, 0.25), 16, 8, 64).peak
+
+
 def test_the_fisher_metric_is_planned_and_unknown_ones_are_not(llama):
     plans = {m: plan_memory(llama, ratio=0.5, batch_size=2, seq_len=24, metric=m) for m in ("activation", "fisher")}
     assert plans["fisher"].stages[0].peak > plans["activation"].stages[0].peak and plans["fisher"].stages[0].disk > plans["activation"].stages[0].disk

@@ -169,6 +169,23 @@ def test_a_batch_without_completions_keeps_all_logits(llama):
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
+def test_an_embedding_that_is_mapped_anew_is_the_same_and_tied_as_before(tmp_path, task, family):
+    walk = Walk(tiny.save_model(family, tmp_path / "model"), task.train.select(range(6)))
+    expected, embedding, tied = [logits for _, logits in walked(walk).outputs()], walk.model.get_input_embeddings().weight, not walk.heads
+    walk.set_rows(walk.rows, walk.batch_size)
+    for step in walk:
+        step.run()
+        walk.map_anew()
+    anew = walk.model.get_input_embeddings().weight
+    assert anew is not embedding and torch.equal(anew, embedding) and (walk.model.get_output_embeddings().weight is anew) == tied
+    assert all(torch.equal(a, b) for a, (_, b) in zip(expected, walk.outputs(), strict=True))
+    lent = Walk(walk.checkpoint, walk.rows, lent=tiny.load(walk.checkpoint.path))
+    shared = lent.model.get_input_embeddings().weight
+    lent.map_anew()
+    assert lent.model.get_input_embeddings().weight is shared # another's is not touched
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma3"])
 def test_weights_outside_the_blocks_can_be_lent(tmp_path, task, family):
     path = tiny.save_model(family, tmp_path / "model")
     def walked(lent):
