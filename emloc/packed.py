@@ -17,7 +17,7 @@ from .arithmetic import planning, scratch, working_dtype
 from .data import EmlocError
 
 # %% auto #0
-__all__ = ['PER_BYTE', 'AT_ONCE', 'GROUP', 'STEP', 'ROTATIONS', 'gaussian_levels', 'pack_numbers', 'meanings', 'look_up',
+__all__ = ['PER_BYTE', 'PIECE', 'AT_ONCE', 'GROUP', 'STEP', 'ROTATIONS', 'gaussian_levels', 'pack_numbers', 'meanings', 'look_up',
            'frozen', 'Packed', 'as_stored', 'bits_of', 'overhead', 'layout', 'order_dtype', 'rotation', 'hadamard',
            'mixing', 'rotate', 'QuantizedLinear', 'restored']
 
@@ -38,14 +38,17 @@ def gaussian_levels(
 # %% ../nbs/03a_packed.ipynb #0b5f28cd
 PER_BYTE = {2: 8, 3: 5, 4: 4, 6: 3, 16: 2, 256: 1} # levels: how many numbers fit into a byte
 
+PIECE = 2 ** 18 # bytes
+
 def pack_numbers(
     numbers: torch.Tensor, # (n,), whole numbers below `levels`
     levels: int,
 ) -> torch.Tensor: # (bytes,), uint8
-    "Numbers into bytes."
+    "Numbers into bytes, a piece at a time: for a moment each number takes eight bytes."
     per = PER_BYTE[levels]
-    padded = F.pad(numbers, (0, -len(numbers) % per)).unflatten(0, (-1, per)).long()
-    return (padded * levels ** torch.arange(per, device=numbers.device)).sum(1).to(torch.uint8)
+    padded = F.pad(numbers, (0, -len(numbers) % per)).unflatten(0, (-1, per))
+    powers = levels ** torch.arange(per, device=numbers.device)
+    return torch.cat([(piece.long() * powers).sum(1).to(torch.uint8) for piece in padded.split(PIECE)])
 
 def meanings(
     book: torch.Tensor, # (levels,) what each number stands for

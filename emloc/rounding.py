@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 from .arithmetic import forget_scratch
 from .data import EmlocError
+from .model import give_back
 from .packed import GROUP, QuantizedLinear, as_stored, gaussian_levels, layout, rotate
 from .spectrum import Gram, largest, power_of_two
 
@@ -186,10 +187,12 @@ def quantize(
     try:
         order, carry = by_loudness(lambda: mixed(matrix), damping)
         rows, heard = by_loudness(lambda: gradients.matrix.to(matrix), gradient_damping) if gradients else (torch.arange(out, device=weight.device), None)
+        give_back() # what making them needed
         numbers, scales, unit = round_weight(rotate(weight.to(matrix.dtype).T)[order][:, rows], parts, carry, heard)
     except EmlocError as error: raise EmlocError(f"{name}: {error}") from error
     del carry, heard
     back = rows.argsort()
+    give_back()
     layer.put(order, numbers[back], scales[back], unit)
     del numbers
     left = energy(layer.dense(matrix.dtype).sub_(weight), matrix, gradients)

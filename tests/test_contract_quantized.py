@@ -39,6 +39,13 @@ def test_numbers_come_back_from_their_bytes(levels, n, dtype):
     assert torch.equal(into[:n].long(), numbers)
 
 
+def test_numbers_that_are_packed_in_pieces_give_the_same_bytes(monkeypatch):
+    numbers = torch.randint(3, (1001,), generator=torch.Generator().manual_seed(0))
+    at_once = pack_numbers(numbers, 3)
+    monkeypatch.setattr("emloc.packed.PIECE", 16)
+    assert torch.equal(pack_numbers(numbers, 3), at_once)
+
+
 @pytest.mark.parametrize("shape", [(5, 30), (7, 101), (192, 50), (33, 200), (64, 24)])
 @pytest.mark.parametrize("bits", [2.5, 3.3, 4.7, 7.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
