@@ -193,6 +193,8 @@ def parser() -> Parser:
     c.add_argument("--ratio", type=float, default=0.25, help="of the emulators, in (0, 1]")
     c.add_argument("--steps", type=int, default=150, help="of training")
     c.add_argument("--batch-size", type=int, default=8, help="rows of a step")
+    c.add_argument("--rank", type=int, default=8, help="of the LoRA; its alpha is twice that")
+    c.add_argument("--weight-decay", type=float, default=0.0, help="of AdamW")
     c.add_argument("--rows", type=int, default=300, help="test rows to score on")
     c.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the trainings")
     c.add_argument("--lr", type=float, nargs="+", default=[1e-3], help="learning rates; of several each method gets the one that is best on the validation rows")

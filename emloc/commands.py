@@ -155,7 +155,7 @@ def evaluate(args) -> dict:
 
 def compare(args) -> dict:
     "How much of the gain of a LoRA on the whole model each method recovers, on each TASK."
-    setting = Setting(args.model, check_ratio(args.ratio), args.steps, args.batch_size, args.rows, seeds=tuple(args.seeds), rates=tuple(args.lr))
+    setting = Setting(args.model, check_ratio(args.ratio), args.steps, args.batch_size, args.rows, seeds=tuple(args.seeds), rates=tuple(args.lr), rank=args.rank, weight_decay=args.weight_decay)
     unknown = [name for name in args.methods or [] if name not in {m.name for m in METHODS}]
     if unknown: raise EmlocError(f"method {unknown[0]!r}: the methods are {', '.join(repr(m.name) for m in METHODS)}")
     tasks, found = {name: load_task(name) for name in args.tasks}, {}

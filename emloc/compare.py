@@ -89,6 +89,8 @@ class Setting:
     calibration: int = 256 # rows
     seeds: tuple = (0, 1, 2)
     rates: tuple = (1e-3,) # learning rates to choose among
+    rank: int = 8 # of the LoRA; its alpha is twice that
+    weight_decay: float = 0.0 # of AdamW
 
 class Comparison:
     "Methods on one task, each in a folder of `out`."
@@ -107,7 +109,7 @@ class Comparison:
         "Raises `EmlocError` when the directory holds another comparison."
         if self.file.is_file():
             found = json.loads(self.file.read_text())
-            own, before = self.known["setting"], found["setting"]
+            own, before = self.known["setting"], json.loads(json.dumps(asdict(Setting(**found["setting"])))) # what it does not name is as it always was
             both = {k: [*dict.fromkeys(before[k] + own[k])] for k in ("seeds", "rates")} # there can be more of them later
             check_same(self.out, before | both | {"task": found["task"]}, own | both | {"task": self.task.name})
             self.known = found | {"setting": before | both}
@@ -142,9 +144,10 @@ class Comparison:
 
     def adapter(self, method: Method, seed: int, rate: float) -> Path: # for the whole model
         s, (raw, *more) = self.setting, self.folders(method, seed, rate)
-        args = lambda path: training_args(f"{path}.checkpoints", steps=s.steps, lr=rate, batch_size=s.batch_size, seed=seed, save_strategy="no")
-        if not method.metric: return self.made(raw, lambda path: train_on_model(s.model, self.train, path, args(path), lora_config(targets=self.last(method)[1])))
-        trained = self.made(raw, lambda path: train_adapter(self.emulator(method), self.train, path, args=args(path), anchors=self.anchors(method)))
+        args = lambda path: training_args(f"{path}.checkpoints", steps=s.steps, lr=rate, batch_size=s.batch_size, weight_decay=s.weight_decay, seed=seed, save_strategy="no")
+        lora = lambda targets="all-linear": lora_config(s.rank, 2 * s.rank, targets)
+        if not method.metric: return self.made(raw, lambda path: train_on_model(s.model, self.train, path, args(path), lora(self.last(method)[1])))
+        trained = self.made(raw, lambda path: train_adapter(self.emulator(method), self.train, path, lora=lora(), args=args(path), anchors=self.anchors(method)))
         plain = self.made(more[0], lambda path: correct_adapter(trained, self.emulator(method), s.model, path, mode=method.mode, calibration=self.task.calibration(128), held_out=self.task.validation))
         if not method.polish: return plain
         return self.made(more[1], lambda path: polish_adapter(plain, s.model, self.train, path, steps=method.polish, lr=method.gently * rate, seed=seed))
