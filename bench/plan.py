@@ -243,7 +243,7 @@ def companions(run: dict, folder: Path):
 def random_like(name: str, t):
     "Random numbers for a tensor of an emulated linear: bytes where it is packed, small ones in factors."
     import torch
-    fixed = {"scales": lambda: torch.full(t.shape, 0x38, dtype=t.dtype), "place": lambda: torch.arange(len(t), dtype=t.dtype), "book": lambda: torch.linspace(-2, 2, len(t)).to(t.dtype), "unit": lambda: torch.full(t.shape, 0.02, dtype=t.dtype),
+    fixed = {"scales": lambda: torch.full(t.shape, 0.02, dtype=t.dtype), "place": lambda: torch.arange(len(t), dtype=t.dtype), "book": lambda: torch.linspace(-2, 2, len(t)).to(t.dtype),
              "codes": lambda: torch.randint(256, t.shape, dtype=t.dtype)}
     return fixed.get(name.split(".")[-1], lambda: torch.randn(t.shape).mul_(0.02).to(t.dtype))()
 

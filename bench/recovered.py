@@ -9,7 +9,7 @@ import argparse
 import json
 import statistics
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import machine
@@ -24,17 +24,18 @@ TITLES = {"bbc": "BBC News: one of 5 sections", "wordnet": "WordNet glosses: one
 SHORT = {"bbc": "BBC News", "wordnet": "glosses", "inflect": "inflection", "python": "Python"}
 
 
-class Unmixed(Method):
-    "What was measured before the inputs of quantized weights were mixed: scores stay, it cannot be run again."
-    def kind(self) -> str: return super().kind().replace("rotated", "quantized", 1)
+EARLIER = {", scales of 64 inputs": "rotated", ", inputs not mixed": "quantized"} # how weights in bits were stored before, the latest first: what names say of it, and those of folders
 
 
-UNMIXED = ", inputs not mixed"
-def unmixed(method: Method) -> Method: return Unmixed(**vars(method) | {"name": method.name + UNMIXED})
+@dataclass
+class Earlier(Method):
+    "What was measured before weights in bits were stored as they are now: scores stay, it cannot be run again."
+    word: str = ""
+    def kind(self) -> str: return super().kind().replace("packed", self.word, 1)
 
 
 NOW = [m.name for m in METHODS[1:]]
-BEFORE = [unmixed(m) for m in METHODS if m.form == "quantized" and m.every and not (m.polish and m.ratio)]
+BEFORE = [Earlier(**vars(m) | {"name": m.name + more}, word=word) for more, word in EARLIER.items() for m in METHODS if m.form == "quantized"]
 
 
 def recall(name: str, task: Task, out: Path, setting: Setting):
@@ -83,14 +84,19 @@ def summary(found: dict, about: dict) -> str:
 
 
 def older(comparison: Comparison) -> list:
-    "Of what was measured before inputs were mixed, the methods that have had fewer runs since."
-    runs = Counter(row["name"] for row in comparison.rows(METHODS + BEFORE))
-    return [method for method in BEFORE if runs[method.name] > runs[method.name.removesuffix(UNMIXED)]]
+    "Of what was measured before, the methods that have had fewer runs since."
+    runs, found = Counter(row["name"] for row in comparison.rows(METHODS + BEFORE)), []
+    for method in METHODS:
+        most = runs[method.name]
+        for own in (m for m in BEFORE if m.name.startswith(f"{method.name}, ") and m.name.removeprefix(method.name) in EARLIER):
+            if runs[own.name] > most: found.append(own)
+            most = max(most, runs[own.name])
+    return found
 
 
 def history(found: dict) -> str:
-    "Markdown: what was measured before inputs were mixed."
-    return f"What was measured before the inputs of quantized weights were mixed, and not as often since:\n\n{table(found, [m.name for m in BEFORE])}\n\n"
+    "Markdown: what was measured before."
+    return f"What was measured when weights in bits were stored in other ways, and not as often since (a scale for every 64 inputs instead of one for each output; before that, inputs that were not mixed):\n\n{table(found, [m.name for m in BEFORE])}\n\n"
 
 
 def chosen(comparison: Comparison) -> list:

@@ -53,7 +53,7 @@ class Method:
     last: float = 1.0 # share of the blocks, from the end, that the emulator has, or that the LoRA on the model is on
 
     def kind(self) -> str: # of the emulator, in the names of folders
-        return ({"activation": "rotated"}.get(self.metric, f"rotated-{self.metric}") if self.form == "quantized" else self.metric or "model") + (f"-{self.ratio:g}" if self.ratio else "") + (f"-{self.bits}" if self.bits != "even" else "") + (f"-last-{self.last:g}" if self.last < 1 else "")
+        return ({"activation": "packed"}.get(self.metric, f"packed-{self.metric}") if self.form == "quantized" else self.metric or "model") + (f"-{self.ratio:g}" if self.ratio else "") + (f"-{self.bits}" if self.bits != "even" else "") + (f"-last-{self.last:g}" if self.last < 1 else "")
 
     def spacing(self) -> str: # of the anchors, in the names of folders
         return f"{self.every}" + (f"-{self.stored}" if self.stored != "bfloat16" else "") + (f"-renewed-{self.renew}" if self.renew else "")

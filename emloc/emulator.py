@@ -21,7 +21,7 @@ from .backward import loss_gradient
 from .block import Seen, add_up, build_block, look_forward, pass_by, watched_inputs
 from .data import EmlocError, rows_hash, several
 from .fisher import METRICS, Gradients, output_gradients
-from .lowrank import EmulatorConfig, LowRankLinear
+from .lowrank import PACKING, EmulatorConfig, LowRankLinear
 from .model import find_model, give_back, linear_shapes, read_header
 from .output import Run, check_out, processes, write_json
 from .packed import layout, overhead
@@ -187,7 +187,7 @@ def build_emulator(
     ranks = {} if form == "quantized" else choose_ranks(shapes, ratio_there, plan.ranks if plan is not None else ranks)
     check_calibration(walk, ranks)
     fingerprint = walk.checkpoint.fingerprint()
-    settings = {"model": fingerprint, "ranks": ranks, "calibration": rows_hash(walk.rows), "batch_size": walk.batch_size, "processes": team.num_processes, "metric": metric, "bits": bits, "first": first, "lora": pairs_hash(lora)} | ({"rotated": True} if bits else {})
+    settings = {"model": fingerprint, "ranks": ranks, "calibration": rows_hash(walk.rows), "batch_size": walk.batch_size, "processes": team.num_processes, "metric": metric, "bits": bits, "first": first, "lora": pairs_hash(lora)} | ({"packing": PACKING} if bits else {})
     with Run(out, settings, resume=resume, shared=True) as run:
         if metric == "fisher": forward_pass(walk, run, lora or {})
         for step, look in built_pass(walk, run, metric, bool(bits)):
@@ -198,7 +198,7 @@ def build_emulator(
             save_file(built.sigmas, run.state / f"spectra-{step.index:05d}.safetensors")
             run.bar.set_postfix_str(repr(built).split(",")[0])
             log.info("%s: %r", step.name, built)
-        if run.main: finish_emulator(walk, run, EmulatorConfig(ranks, str(model if str(model) != "default" else path), fingerprint, ratio, metric, bits, {n: walk.tuples[type(b)] for n, b in zip(walk.names[:first], walk.blocks)}, rotated=bool(bits)))
+        if run.main: finish_emulator(walk, run, EmulatorConfig(ranks, str(model if str(model) != "default" else path), fingerprint, ratio, metric, bits, {n: walk.tuples[type(b)] for n, b in zip(walk.names[:first], walk.blocks)}, packing=PACKING if bits else None))
     return run.out
 
 # %% ../nbs/12_emulator.ipynb #784da4d6

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -21,9 +20,9 @@ from .model import Checkpoint, dense_weight, model_class
 from .packed import QuantizedLinear, layout, restored
 
 # %% auto #0
-__all__ = ['EMULATED', 'LowRankLinear', 'EmulatorConfig', 'Bypass', 'EmulatorQuantizer', 'register_emulators', 'tolerant',
-           'put_pairs', 'chosen', 'put_emulated', 'emulator_config', 'check_base', 'is_emulator', 'load_emulator',
-           'emulator_weight']
+__all__ = ['PACKING', 'EMULATED', 'LowRankLinear', 'EmulatorConfig', 'Bypass', 'EmulatorQuantizer', 'register_emulators',
+           'tolerant', 'put_pairs', 'chosen', 'put_emulated', 'emulator_config', 'check_base', 'is_emulator',
+           'load_emulator', 'emulator_weight']
 
 # %% ../nbs/04_lowrank.ipynb #e7905177
 class LowRankLinear(nn.Module):
@@ -48,11 +47,13 @@ class LowRankLinear(nn.Module):
     def extra_repr(self): return f"in_features={self.in_features}, out_features={self.out_features}, rank={self.rank}, bias={self.bias is not None}"
 
 # %% ../nbs/04_lowrank.ipynb #047cd7c8
+PACKING = 2 # inputs mixed, a scale for every output
+
 class EmulatorConfig(QuantizationConfigMixin):
     "What config.json says of an emulator: ranks or bits by module name, and the model that it emulates."
-    def __init__(self, ranks=None, base_model=None, base_fingerprint=None, ratio=None, metric="activation", bits=None, bypassed=None, rotated=False, **kwargs):
+    def __init__(self, ranks=None, base_model=None, base_fingerprint=None, ratio=None, metric="activation", bits=None, bypassed=None, packing=None, **kwargs):
         self.quant_method = "emloc"
-        self.rotated = rotated # the inputs of weights in bits are mixed; in older emulators they are not
+        self.packing = packing # how weights in bits are stored
         self.bypassed = bypassed or {} # {block that is not there: whether its output comes in a tuple}
         self.bits, self.ranks, self.base_model, self.base_fingerprint, self.ratio, self.metric = bits or {}, ranks or {}, base_model, base_fingerprint, ratio, metric
 
@@ -117,7 +118,7 @@ def chosen(
     choice: dict, # {module name: rank, a whole number, or bits, a float}
 ) -> EmulatorConfig:
     "Ranks and bits apart."
-    return EmulatorConfig({n: k for n, k in choice.items() if isinstance(k, int)}, bits={n: k for n, k in choice.items() if not isinstance(k, int)}, rotated=True)
+    return EmulatorConfig({n: k for n, k in choice.items() if isinstance(k, int)}, bits={n: k for n, k in choice.items() if not isinstance(k, int)}, packing=PACKING)
 
 def put_emulated(
     model: nn.Module, # a model or skeleton, changed in place
@@ -128,7 +129,7 @@ def put_emulated(
     for name, size in (config.ranks | config.bits).items():
         linear = model.get_submodule(name)
         out, in_ = dense_weight(linear).shape
-        kind, size = (LowRankLinear, size) if name in config.ranks else (partial(QuantizedLinear, rotated=config.rotated), layout((out, in_), size))
+        kind, size = (LowRankLinear, size) if name in config.ranks else (QuantizedLinear, layout((out, in_), size))
         model.set_submodule(name, kind(in_, out, size, linear.bias is not None, linear.weight.device, linear.weight.dtype))
 
 # %% ../nbs/04_lowrank.ipynb #a8546696
@@ -140,7 +141,9 @@ def emulator_config(
     if not file.is_file(): raise EmlocError(f"emulator {path}: no such emulator directory; `emloc emulate` writes one")
     entry = json.loads(file.read_text()).get("quantization_config", {})
     if entry.get("quant_method") != "emloc": raise EmlocError(f"emulator {path}: this is a model but no emulator; `emloc emulate` makes one from it")
-    return EmulatorConfig(**entry)
+    found = EmulatorConfig(**entry)
+    if found.bits and found.packing != PACKING: raise EmlocError(f"emulator {path}: its weights are packed as another version of emloc does it; build it again")
+    return found
 
 def check_base(
     emulator, # an emulator directory
@@ -183,5 +186,5 @@ def emulator_weight(
     "The weight that a pair or a packed linear stands for, from disk."
     if checkpoint.key(f"{module}.U"): return checkpoint.read(f"{module}.U").float() @ checkpoint.read(f"{module}.V").float()
     if checkpoint.key(f"{module}.place") is None: return None
-    names = ("place", "scales", "unit", "coarse.codes", "coarse.book", "fine.codes", "fine.book")
-    return restored({n: checkpoint.read(f"{module}.{n}") for n in names if checkpoint.key(f"{module}.{n}")}, checkpoint.config.quantization_config.get("rotated", False)).dense()
+    names = ("place", "scales", "coarse.codes", "coarse.book", "fine.codes", "fine.book")
+    return restored({n: checkpoint.read(f"{module}.{n}") for n in names if checkpoint.key(f"{module}.{n}")}).dense()

@@ -17,9 +17,9 @@ from .arithmetic import planning, scratch, working_dtype
 from .data import EmlocError
 
 # %% auto #0
-__all__ = ['PER_BYTE', 'PIECE', 'AT_ONCE', 'GROUP', 'STEP', 'ROTATIONS', 'gaussian_levels', 'pack_numbers', 'meanings', 'look_up',
-           'frozen', 'Packed', 'as_stored', 'bits_of', 'overhead', 'layout', 'order_dtype', 'rotation', 'hadamard',
-           'mixing', 'rotate', 'QuantizedLinear', 'restored']
+__all__ = ['PER_BYTE', 'PIECE', 'AT_ONCE', 'SCALE', 'STEP', 'ROTATIONS', 'gaussian_levels', 'pack_numbers', 'meanings', 'look_up',
+           'frozen', 'Packed', 'bits_of', 'overhead', 'layout', 'order_dtype', 'rotation', 'hadamard', 'mixing',
+           'rotate', 'QuantizedLinear', 'restored']
 
 # %% ../nbs/03a_packed.ipynb #0b12a006
 @lru_cache
@@ -108,18 +108,9 @@ class Packed(nn.Module):
 
     def extra_repr(self): return f"{self.columns}, {self.rows}, levels={self.levels}"
 
-# %% ../nbs/03a_packed.ipynb #2dc472ef
-def as_stored(
-    scales: torch.Tensor, # (rows, groups), positive
-    unit: float | None = None, # by default one that fits them
-) -> tuple: # (the same, rounded to what float8 times the unit holds; the unit, a power of two)
-    "Scales as they will be stored."
-    unit = unit or 2.0 ** math.ceil(math.log2(max(float(scales.amax()), 1e-30) / 256)) # the largest is between 128 and 256 units; float8 goes up to 448
-    return (scales / unit).clamp(2.0 ** -9, 448).to(torch.float8_e4m3fn).to(scales.dtype) * unit, unit
-
 # %% ../nbs/03a_packed.ipynb #ab282b78
-GROUP = 64 # neighbours in a row that share a scale
-STEP = 24 # the finer columns are a multiple of it, so that what comes after them begins with a machine word
+SCALE = torch.bfloat16 # of each output
+STEP = 8 # the finer columns are a multiple of it, so that what comes after them begins with a machine word
 
 def bits_of(levels: int) -> float:
     "What one number of so many levels takes."
@@ -128,7 +119,7 @@ def bits_of(levels: int) -> float:
 def overhead(shape: tuple) -> float: # bits for each entry of a weight (out, in)
     "What scales and the order of the columns take."
     out, in_ = shape
-    return 8 * -(-in_ // GROUP) / in_ + 8 * order_dtype(in_).itemsize / out
+    return 8 * SCALE.itemsize / in_ + 8 * order_dtype(in_).itemsize / out
 
 def layout(
     shape: tuple, # (out, in)
@@ -205,71 +196,66 @@ class QuantizedLinear(nn.Module):
         bias: bool = False,
         device=None,
         dtype=None, # of the bias and the levels
-        rotated: bool = True, # its inputs are mixed; in older emulators they are not
     ):
         super().__init__()
-        self.in_features, self.out_features, self.rotated = in_features, out_features, rotated
+        self.in_features, self.out_features = in_features, out_features
         *fine, self.coarse = (Packed(columns, out_features, levels, device, dtype) for columns, levels in parts)
         self.fine = fine[0] if fine else None
         self.place = frozen(in_features, dtype=order_dtype(in_features), device=device) # which of the stored columns is that of each input
-        self.scales, self.unit = frozen(-(-in_features // GROUP), out_features, dtype=torch.uint8, device=device), frozen(1, dtype=dtype, device=device)
+        self.scales = frozen(out_features, dtype=SCALE, device=device)
         self.bias = frozen(out_features, device=device, dtype=dtype) if bias else None
 
     def put(
         self,
         order: torch.Tensor, # (in,) numbers of the columns, of mixed inputs where they are
         numbers: torch.Tensor, # (out, in) in that order, whole
-        scales: torch.Tensor, # (out, groups), in that order, and
-        unit: float, # both as `as_stored` gives them
+        scales: torch.Tensor, # (out,), positive; bfloat16 holds them
     ) -> "QuantizedLinear": # itself
         "Take over what a rounding found."
         numbers, cut = numbers.T, self.in_features - self.coarse.columns
         if self.fine is not None: self.fine.put(numbers[:cut])
         self.coarse.put(numbers[cut:])
-        self.place.data, self.unit.data = order.argsort().to(self.place.dtype), torch.full_like(self.unit, unit, device=order.device)
-        self.scales.data = (scales.T / unit).to(torch.float8_e4m3fn).view(torch.uint8).contiguous()
+        self.place.data, self.scales.data = order.argsort().to(self.place.dtype), scales.to(self.scales.dtype)
         return self
 
     @torch.no_grad()
-    def transposed(
+    def unscaled(
         self,
-        dtype: torch.dtype = torch.float32,
-        keep: bool = True, # False: it is only needed until the next weight is asked for
+        dtype: torch.dtype, # to compute in
+        fresh: torch.Tensor | None = None, # (in, out), where to put it; by default where the next weight will be
     ) -> torch.Tensor: # (in, out)
-        "The weight, column by column."
+        "The weight without its scales, column by column."
         in_, out, device = self.in_features, self.out_features, self.scales.device
         stored = scratch((in_ * out + 7,), dtype, device, "levels")
         if self.fine is not None: self.fine(stored)
         self.coarse(stored[(in_ - self.coarse.columns) * out:])
-        levels, full = stored[:in_ * out].view(in_, out), in_ // GROUP
-        scales = self.scales.view(torch.float8_e4m3fn).to(dtype) * self.unit.to(dtype)
-        levels[:full * GROUP].view(full, GROUP, out).mul_(scales[:full, None])
-        if in_ % GROUP: levels[full * GROUP:].mul_(scales[full])
-        fresh = torch.empty(in_, out, dtype=dtype, device=device) if keep else None
-        found = fresh if keep and not self.rotated else scratch((in_, out), dtype, device, "weight")
+        levels, found = stored[:in_ * out].view(in_, out), scratch((in_, out), dtype, device, "weight")
         torch.index_select(levels, 0, self.place.int(), out=found)
-        return rotate(found, fresh if keep else levels) if self.rotated else found
+        return rotate(found, levels if fresh is None else fresh)
 
     def onward(
         self,
         x: torch.Tensor, # (..., in), in the dtype to compute in
     ) -> torch.Tensor: # (..., out)
         "x Wᵀ + b, without a gradient."
-        return F.linear(x, self.transposed(x.dtype, keep=False).T, None if self.bias is None else self.bias.to(x.dtype))
+        y = F.linear(x, self.unscaled(x.dtype).T).mul_(self.scales.to(x.dtype))
+        return y if self.bias is None else y.add_(self.bias.to(x.dtype))
 
     def back(
         self,
         grad: torch.Tensor, # (..., out), in the dtype to compute in
     ) -> torch.Tensor: # (..., in)
         "What a gradient of the outputs is at the inputs: grad W."
-        return grad @ self.transposed(grad.dtype, keep=False).T
+        return (grad * self.scales.to(grad.dtype)) @ self.unscaled(grad.dtype).T
 
+    @torch.no_grad()
     def dense(
         self,
         dtype: torch.dtype = torch.float32,
     ) -> torch.Tensor: # (out, in)
         "The weight that this layer stands for."
-        return self.transposed(dtype).T
+        fresh = torch.empty(self.in_features, self.out_features, dtype=dtype, device=self.scales.device)
+        return self.unscaled(dtype, fresh).mul_(self.scales.to(dtype)).T
 
     def forward(self, x):
         kind = x.device.type
@@ -280,12 +266,11 @@ class QuantizedLinear(nn.Module):
 
 def restored(
     tensors: dict, # {name: tensor} of the state of a QuantizedLinear
-    rotated: bool = True, # as it was made
 ) -> QuantizedLinear: # with these very tensors
     "The layer, from what is stored of it."
-    out, in_ = tensors["scales"].shape[1], len(tensors["place"])
+    out, in_ = len(tensors["scales"]), len(tensors["place"])
     levels = [len(tensors[f"{name}.book"]) for name in ("fine", "coarse") if f"{name}.book" in tensors]
     fine = len(tensors["fine.codes"]) * PER_BYTE[levels[0]] // out // STEP * STEP if len(levels) > 1 else 0
-    layer = QuantizedLinear(in_, out, [(fine, levels[0])] * (fine > 0) + [(in_ - fine, levels[-1])], "bias" in tensors, device="meta", rotated=rotated)
+    layer = QuantizedLinear(in_, out, [(fine, levels[0])] * (fine > 0) + [(in_ - fine, levels[-1])], "bias" in tensors, device="meta")
     layer.load_state_dict(tensors, assign=True)
     return layer

@@ -11,22 +11,24 @@ import torch.nn.functional as F
 from .arithmetic import forget_scratch
 from .data import EmlocError
 from .model import give_back
-from .packed import GROUP, QuantizedLinear, as_stored, gaussian_levels, layout, rotate
+from .packed import QuantizedLinear, SCALE, gaussian_levels, layout, rotate
 from .spectrum import Gram, largest, power_of_two
 
 # %% auto #0
-__all__ = ['LARGEST', 'STRIP', 'TURNS', 'level_table', 'nearest', 'best_scales', 'carry_matrix', 'mixed', 'by_loudness',
-           'round_group', 'waves', 'within_groups', 'round_weight', 'energy', 'quantize']
+__all__ = ['TILE', 'STRIP', 'TURNS', 'FACTORS', 'level_table', 'nearest', 'carry_matrix', 'mixed', 'by_loudness', 'round_tile',
+           'waves', 'within_tiles', 'round_weight', 'round_scaled', 'energy', 'quantize']
 
 # %% ../nbs/11a_rounding.ipynb #20ca4da0
+TILE = 64 # columns that are rounded together, one after the other
+
 def level_table(
     parts: list, # [(columns, levels)]
     like: torch.Tensor, # float, on some device
-) -> torch.Tensor: # (groups, GROUP, most levels), ascending; then infinity; columns that are not there have the level 0
+) -> torch.Tensor: # (tiles, TILE, most levels), ascending; then infinity; columns that are not there have the level 0
     "What every column can be rounded to."
     most, there = max(levels for _, levels in parts), sum(columns for columns, _ in parts)
     rows = [F.pad(gaussian_levels(levels).to(like), (0, most - levels), value=torch.inf).expand(columns, -1) for columns, levels in parts]
-    return F.pad(torch.cat(rows), (0, 0, 0, -there % GROUP)).unflatten(0, (-1, GROUP))
+    return F.pad(torch.cat(rows), (0, 0, 0, -there % TILE)).unflatten(0, (-1, TILE))
 
 def nearest(
     x: torch.Tensor, # (..., numbers), in units of their scales
@@ -36,19 +38,6 @@ def nearest(
     numbers = torch.searchsorted((levels[..., 1:] + levels[..., :-1]) / 2, x.contiguous())
     return numbers, levels.gather(-1, numbers)
 
-LARGEST = 1.3 # scale of a group, relative to its root mean square
-
-def best_scales(
-    groups: torch.Tensor, # (..., GROUP, out), columns in the order in which they will be stored
-    levels: torch.Tensor, # (..., GROUP, levels)
-) -> torch.Tensor: # (..., out)
-    "A scale for every group of neighbours."
-    size, best, least = groups.square().mean(-2, keepdim=True).sqrt().clamp_min(1e-30), None, None
-    for scale in (0.8 * size, 0.95 * size, 1.1 * size, LARGEST * size):
-        error = (nearest(groups / scale, levels)[1] * scale - groups).square().sum(-2, keepdim=True)
-        best = scale if best is None else torch.where(error < least, scale, best)
-        least = error if least is None else torch.minimum(error, least)
-    return best.squeeze(-2)
 
 # %% ../nbs/11a_rounding.ipynb #0a563c1e
 def carry_matrix(
@@ -88,13 +77,13 @@ def by_loudness(
         except torch.linalg.LinAlgError: pass
     raise EmlocError("a Gram matrix of what it saw is not positive, not even damped; try other calibration rows")
 
-def round_group(
+def round_tile(
     columns: torch.Tensor, # (..., columns, out), changed in place
     scale: torch.Tensor, # (..., out), that they share
     levels: torch.Tensor, # (..., columns, levels)
     carry: torch.Tensor, # (..., columns, columns)
 ) -> tuple: # (numbers, what they stand for, errors to carry on), each (..., columns, out)
-    "The columns of a group, one after the other."
+    "The columns of a tile, one after the other."
     numbers, values, errors = torch.empty(columns.shape, dtype=torch.int16, device=columns.device), torch.empty_like(columns), torch.empty_like(columns)
     for j in range(columns.shape[-2]):
         own = columns[..., j, :]
@@ -108,49 +97,69 @@ def round_group(
 TURNS = 16 # in which the outputs are rounded
 
 def waves(
-    groups: int, # of columns
+    tiles: int, # of columns
     turns: int, # of outputs
-): # yields [(group, turn)]
-    "Tiles that can be rounded at the same time: those before them are done."
-    for wave in range(groups + turns - 1): yield [(group, wave - group) for group in range(max(0, wave - turns + 1), min(groups, wave + 1))]
+): # yields [(tile, turn)]
+    "What can be rounded at the same time: all before it is done."
+    for wave in range(tiles + turns - 1): yield [(tile, wave - tile) for tile in range(max(0, wave - turns + 1), min(tiles, wave + 1))]
 
-def within_groups(
+def within_tiles(
     carry: torch.Tensor, # (in, in)
-) -> torch.Tensor: # (groups, GROUP, GROUP); columns that are not there carry nothing
-    "How errors are carried on inside each group."
-    found = torch.eye(GROUP, dtype=carry.dtype, device=carry.device).repeat(-(-len(carry) // GROUP), 1, 1)
-    for own, start in zip(found, range(0, len(carry), GROUP)):
-        tile = carry[start:start + GROUP, start:start + GROUP]
+) -> torch.Tensor: # (tiles, TILE, TILE); columns that are not there carry nothing
+    "How errors are carried on inside each tile."
+    found = torch.eye(TILE, dtype=carry.dtype, device=carry.device).repeat(-(-len(carry) // TILE), 1, 1)
+    for own, start in zip(found, range(0, len(carry), TILE)):
+        tile = carry[start:start + TILE, start:start + TILE]
         own[:len(tile), :len(tile)] = tile
     return found
 
 def round_weight(
     columns: torch.Tensor, # Wᵀ (in, out), the loudest first; changed in place
+    scales: torch.Tensor, # (out,)
     parts: list, # [(columns, levels)]
     carry: torch.Tensor, # (in, in), of the inputs
     heard: torch.Tensor | None = None, # (out, out), the same of the output gradients; without it all outputs are rounded in one turn
-) -> tuple: # (numbers (out, in), scales (out, groups), the unit of the scales)
-    "Every entry to its nearest level, its error carried on to later columns, and what is left of a turn's errors to later outputs. A group gets its scale when its turn comes."
-    (in_, out), levels, within = columns.shape, level_table(parts, columns), within_groups(carry)
+) -> tuple: # (numbers (out, in), energy of the error of each output (out,))
+    "Every entry to its nearest level, its error carried on to later columns, and what is left of a turn's errors to later outputs."
+    (in_, out), levels, within = columns.shape, level_table(parts, columns), within_tiles(carry)
     size = out if heard is None else -(-out // TURNS)
-    ragged, shape = (0, -out % size, 0, -in_ % GROUP), (len(levels), GROUP, -(-out // size), size)
+    ragged, shape = (0, -out % size, 0, -in_ % TILE), (len(levels), TILE, -(-out // size), size)
+    scales = F.pad(scales, ragged[:2], value=1.0).view(shape[2:])
     moved = (F.pad(columns, ragged) if any(ragged) else columns).view(shape)
     target = moved if heard is None else moved.clone() # what a turn's errors are errors of: without what is carried along the columns
-    unit = as_stored(LARGEST * moved.square().mean(1).sqrt())[1]
-    numbers, scales = torch.empty(shape, dtype=torch.int16, device=columns.device), columns.new_empty(shape[0], *shape[2:])
-    for tiles in waves(shape[0], shape[2]):
-        g, t = map(list, zip(*tiles))
-        tile = moved[g, :, t]
-        scales[g, t] = scale = as_stored(best_scales(tile, levels[g]), unit)[0]
-        numbers[g, :, t], values, errors = round_group(tile, scale, levels[g], within[g])
-        for (group, turn), value, error in zip(tiles, values, errors):
-            own, later = slice(group * GROUP, (group + 1) * GROUP), slice((group + 1) * GROUP, in_)
+    numbers, energies = torch.empty(shape, dtype=torch.int16, device=columns.device), torch.zeros_like(scales)
+    for wave in waves(shape[0], shape[2]):
+        g, t = map(list, zip(*wave))
+        numbers[g, :, t], values, errors = round_tile(moved[g, :, t], scales[t], levels[g], within[g])
+        energies[t] += errors.square().sum(1)
+        for (tile, turn), value, error in zip(wave, values, errors):
+            own, later = slice(tile * TILE, (tile + 1) * TILE), slice((tile + 1) * TILE, in_)
             moved.flatten(0, 1)[later, turn] -= carry[own, later].T @ error[:in_ - own.start]
             rows, after = slice(turn * size, (turn + 1) * size), slice((turn + 1) * size, out)
             if after.start >= out: continue
-            left = torch.linalg.solve_triangular(heard[rows, rows], target[group, :, turn] - value, upper=True, left=False) @ heard[rows, after]
-            for m in (target, moved): m[group].flatten(1)[:, after] -= left
-    return numbers.flatten(2).flatten(0, 1)[:in_, :out].T, scales.flatten(1)[:, :out].T, unit
+            left = torch.linalg.solve_triangular(heard[rows, rows], target[tile, :, turn] - value, upper=True, left=False) @ heard[rows, after]
+            for m in (target, moved): m[tile].flatten(1)[:, after] -= left
+    return numbers.flatten(2).flatten(0, 1)[:in_, :out].T, energies.flatten()[:out]
+
+FACTORS = (1.0, 1.1, 1.2, 1.5, 2.0, 3.0) # scale of an output, relative to the root mean square of its weights
+
+def round_scaled(
+    columns: torch.Tensor, # Wᵀ (in, out), the loudest first; changed in place
+    *how, # parts, carry, heard, as above
+) -> tuple: # (numbers (out, in), scales (out,))
+    "Rounded with the scales that leave the least error. Larger ones are tried as long as they are better."
+    size, parts, carry, heard = columns.square().mean(0).sqrt().clamp_min(1e-30), *how
+    scales, least, left, numbers = torch.empty_like(size), torch.full_like(size, torch.inf), torch.arange(len(size), device=size.device), None
+    for factor in FACTORS:
+        tried = (factor * size[left]).to(SCALE).to(size.dtype)
+        found, energies = round_weight(columns[:, left], tried, parts, carry)
+        better = energies < least[left]
+        left = left[better]
+        if not len(left): break
+        scales[left], least[left] = tried[better], energies[better]
+        if numbers is None: numbers = found
+        else: numbers[left] = found[better]
+    return (numbers if heard is None else round_weight(columns, scales, parts, carry, heard)[0]), scales
 
 def energy(
     weight: torch.Tensor, # (out, in), or an error of it
@@ -188,12 +197,12 @@ def quantize(
         order, carry = by_loudness(lambda: mixed(matrix), damping)
         rows, heard = by_loudness(lambda: gradients.matrix.to(matrix), gradient_damping) if gradients else (torch.arange(out, device=weight.device), None)
         give_back() # what making them needed
-        numbers, scales, unit = round_weight(rotate(weight.to(matrix.dtype).T)[order][:, rows], parts, carry, heard)
+        numbers, scales = round_scaled(rotate(weight.to(matrix.dtype).T)[order][:, rows], parts, carry, heard)
     except EmlocError as error: raise EmlocError(f"{name}: {error}") from error
     del carry, heard
     back = rows.argsort()
     give_back()
-    layer.put(order, numbers[back], scales[back], unit)
+    layer.put(order, numbers[back], scales[back])
     del numbers
     left = energy(layer.dense(matrix.dtype).sub_(weight), matrix, gradients)
     forget_scratch() # it is as large as the weight

@@ -60,7 +60,6 @@ def take_over(
     checkpoint, config, own = Checkpoint(emulator), emulator_config(emulator), bare(model)
     for name in config.ranks | config.bits:
         module = own.get_submodule(name)
-        if name in config.bits: getattr(module, "base_layer", module).rotated = config.rotated
         for part, parameter in getattr(module, "base_layer", module).named_parameters(): parameter.data.copy_(checkpoint.read(f"{name}.{part}"))
 
 def made_in(

@@ -41,8 +41,6 @@ BATCHES = 2 # in a simulation
 
 class Blank:
     "A model directory that was never written: what is read from it has a shape and no bytes."
-    config = SimpleNamespace(quantization_config={"rotated": True}) # if it is an emulator, then one of today
-
     def __init__(
         self,
         model: nn.Module, # a skeleton, on the meta device

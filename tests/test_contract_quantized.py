@@ -12,7 +12,7 @@ from emloc.data import EmlocError
 from emloc.emulator import build_emulator
 from emloc.lowrank import emulator_config, emulator_weight, load_emulator
 from emloc.model import Checkpoint, Conv1D, block_linears, skeleton
-from emloc.packed import PER_BYTE, QuantizedLinear, as_stored, gaussian_levels, layout, look_up, meanings, overhead, pack_numbers, restored, rotate, rotation
+from emloc.packed import PER_BYTE, QuantizedLinear, gaussian_levels, layout, look_up, meanings, overhead, pack_numbers, restored, rotate, rotation
 from emloc.plan import plan_memory
 from emloc.rounding import quantize
 from emloc.spectrum import Gram
@@ -53,16 +53,14 @@ def test_a_layer_is_made_of_the_levels_scales_and_order_that_were_put_into_it(sh
     (out, in_), seed = shape, torch.Generator().manual_seed(3)
     parts = layout(shape, bits + overhead(shape) - 0.6)
     numbers = torch.cat([torch.randint(levels, (out, columns), generator=seed) for columns, levels in parts], 1)
-    order, (scales, unit) = torch.randperm(in_, generator=seed), as_stored(torch.rand(out, -(-in_ // 64), generator=seed) + 0.01)
+    order, scales = torch.randperm(in_, generator=seed), (torch.rand(out, generator=seed) + 0.01).bfloat16().float()
     levels = torch.cat([gaussian_levels(k)[part] for (_, k), part in zip(parts, numbers.split([c for c, _ in parts], 1))], 1)
     truth = torch.empty(shape)
-    truth[:, order] = levels * scales.repeat_interleave(64, 1)[:, :in_]
-    found = QuantizedLinear(in_, out, parts, rotated=False).put(order, numbers, scales, unit).dense(dtype)
-    assert torch.allclose(found.float(), truth, rtol=0 if dtype == torch.float32 else 2 ** -7)
-    mixed = QuantizedLinear(in_, out, parts).put(order, numbers, scales, unit)
+    truth[:, order] = levels * scales[:, None]
+    mixed = QuantizedLinear(in_, out, parts).put(order, numbers, scales)
     assert torch.allclose(mixed.dense(dtype).float(), rotate(truth.T).T, atol=1e-5 if dtype == torch.float32 else 3e-2)
     x = torch.randn(9, in_, generator=seed).to(dtype)
-    assert torch.allclose(mixed.onward(x).float(), x.float() @ mixed.dense(dtype).float().T, atol=1e-3, rtol=0 if dtype == torch.float32 else 0.1)
+    assert torch.allclose(mixed.onward(x).float(), x.float() @ mixed.dense(dtype).float().T, atol=1e-3 if dtype == torch.float32 else 0.1, rtol=0 if dtype == torch.float32 else 0.01)
 
 
 @pytest.mark.parametrize("columns, size", [(576, 64), (1536, 64), (64, 64), (48, 16), (100, 4), (33, 1), (150, 1)])
@@ -91,7 +89,7 @@ def test_mixed_inputs_keep_both_ways_where_one_is_massive():
 def test_a_layer_takes_the_bits_asked_for_and_not_more(shape, bits):
     out, in_ = shape
     layer = QuantizedLinear(in_, out, layout(shape, bits))
-    taken = 8 * sum(p.numel() * p.element_size() for n, p in layer.named_parameters() if not n.endswith(("book", "unit"))) / (out * in_)
+    taken = 8 * sum(p.numel() * p.element_size() for n, p in layer.named_parameters() if not n.endswith("book")) / (out * in_)
     slack = 24 / in_ * 4 + 2 * 8 / in_ # whole steps of 24 columns, at most 4 bits apart, and bytes that are not full
     assert bits - slack < taken <= bits + 2 * 8 / in_
     assert [p.shape for p in restored(layer.state_dict()).parameters()] == [p.shape for p in layer.parameters()]
@@ -160,7 +158,7 @@ def test_where_nothing_is_heard_only_the_inputs_count(seen):
 
 def test_many_bits_are_nearly_the_weight(seen):
     W, x = seen
-    layer, error = quantize(W, Gram(150).add(x), 8.38)
+    layer, error = quantize(W, Gram(150).add(x), 8.34)
     assert error < 0.01
     assert torch.allclose(layer(x), x @ layer.dense().T, atol=1e-3)
 
@@ -243,16 +241,13 @@ def test_a_cast_and_another_save_keep_the_bytes(make_stages, tmp_path):
     for name in emulator_config(path).bits: assert torch.equal(half.get_submodule(name).dense(), emulator_weight(Checkpoint(tmp_path / "again"), name))
 
 
-def test_an_emulator_from_before_inputs_were_mixed_is_read_as_it_was(llama, rows, tmp_path):
+def test_an_emulator_that_is_packed_in_another_way_is_refused(llama, rows, tmp_path):
     path = build_emulator(llama, rows, tmp_path / "emulator", ratio=0.2, form="quantized")
     config = json.loads((path / "config.json").read_text())
-    assert config["quantization_config"].pop("rotated") is True
-    mixed = {n: emulator_weight(Checkpoint(path), n) for n in emulator_config(path).bits}
+    del config["quantization_config"]["packing"]
     (path / "config.json").write_text(json.dumps(config))
-    plain = load_emulator(path)
-    for name, W in mixed.items():
-        assert torch.equal(plain.get_submodule(name).dense(), emulator_weight(Checkpoint(path), name))
-        assert torch.allclose(rotate(plain.get_submodule(name).dense().T).T, W, atol=1e-5) and not torch.equal(plain.get_submodule(name).dense(), W)
+    for use in (load_emulator, emulator_config):
+        with pytest.raises(EmlocError, match="another version of emloc"): use(path)
 
 
 @pytest.mark.parametrize("metric", ["activation", "fisher"])
