@@ -64,6 +64,7 @@ METHODS = [Method("LoRA on the model"), Method("EMLoC", "activation"), Method("E
            Method("quantized, rounds, 10 exact steps", "activation", 1, 25, polish=10, gently=0.2, form="quantized"),
            Method("quantized, rounds, corrected", "activation", 1, 25, mode="auto", form="quantized"),
            Method("quantized in the Fisher metric, anchors in rounds", "fisher", 1, 25, form="quantized"),
+           Method("quantized in the Fisher metric, rounds, 10 exact steps", "fisher", 1, 25, polish=10, gently=0.2, form="quantized"),
            Method("quantized to 0.1, anchors in rounds", "activation", 1, 25, form="quantized", ratio=0.1),
            Method("quantized to 0.1, rounds, 10 exact steps", "activation", 1, 25, polish=10, gently=0.2, form="quantized", ratio=0.1),
            Method("quantized to 0.1 in the Fisher metric, anchors in rounds", "fisher", 1, 25, form="quantized", ratio=0.1),
