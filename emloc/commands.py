@@ -29,14 +29,17 @@ from .rank import by_spectrum, check_ratio
 from .rounds import Rounds
 
 # %% auto #0
-__all__ = ['settle_form', 'emulate', 'finetune', 'fitting', 'plan', 'anchored_rows', 'anchor', 'parse_pattern', 'correct',
+__all__ = ['FEW', 'settle_form', 'emulate', 'finetune', 'fitting', 'plan', 'anchored_rows', 'anchor', 'parse_pattern', 'correct',
            'polish', 'merge', 'evaluate', 'compare', 'demo']
 
 # %% ../nbs/70_commands.ipynb #ba58c645
+FEW = 0.15 # a ratio below which rounding needs all the help there is
+
 def settle_form(args):
-    "Weights in few bits, unless ranks by spectrum say that factors are meant; those keep what the loss hears."
+    "Weights in few bits, unless ranks by spectrum say that factors are meant. Those keep what the loss hears, and so do weights in very few bits, which go where the gradients need them."
     args.form = args.form or ("lowrank" if getattr(args, "ranks", "uniform") == "spectrum" else "quantized")
-    args.metric = args.metric or ("fisher" if args.form == "lowrank" else "activation")
+    few = args.form == "quantized" and args.ratio is not None and args.ratio < FEW
+    args.metric, args.bits = args.metric or ("fisher" if args.form == "lowrank" or few else "activation"), args.bits or ("gradients" if few else "even")
 
 def emulate(args) -> dict:
     "Stage 1: build the emulator of MODEL from rows of TASK."

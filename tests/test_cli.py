@@ -112,9 +112,14 @@ def test_the_module_is_a_program():
     assert done.returncode == 0 and "finetune" in done.stdout
 
 
-def test_bits_go_where_the_gradients_need_them(rows, llama, tmp_path):
-    assert main(["emulate", str(llama), str(rows), "--ratio", "0.12", "--rows", "20", "--bits", "gradients", "--out", str(tmp_path / "emulator")]) == 0
-    assert len(set(emulator_config(tmp_path / "emulator").bits.values())) > 1 and {p.name for p in tmp_path.iterdir()} == {"emulator"}
+def test_bits_go_where_the_gradients_need_them_by_default_where_there_are_few(rows, llama, tmp_path):
+    def built(name, *more):
+        assert main(["emulate", str(llama), str(rows), "--rows", "20", *more, "--out", str(tmp_path / name)]) == 0
+        found = emulator_config(tmp_path / name)
+        return found.metric, len(set(found.bits.values())) > 1
+    assert built("small", "--ratio", "0.12") == ("fisher", True) and {p.name for p in tmp_path.iterdir()} == {"small"}
+    assert built("asked", "--ratio", "0.2", "--bits", "gradients") == ("activation", True)
+    assert built("plain", "--ratio", "0.2") == ("activation", False) == built("small and plain", "--ratio", "0.12", "--metric", "activation", "--bits", "even")
 
 
 def test_a_budget_and_bits_by_gradients_go_together(rows, llama, tmp_path, capsys):
