@@ -62,11 +62,11 @@ USED = {"quantized, rounds, 10 exact steps": "what `emloc demo` does", "quantize
 
 
 def table(found: dict, methods: list) -> str:
-    "Markdown: these methods on every task, each in a line; those that are used first."
+    "Markdown: these methods on every task, each in a line; first those that are used, and what they were before."
     judged = {task: "accuracy_share" if any(row["accuracy_share"] is not None for row in result["rows"]) else "nll_share" for task, result in found.items()}
     there = [name for name in in_order(row["name"] for result in found.values() for row in result["rows"]) if name in methods]
     lines = ["| | " + " | ".join(SHORT.get(task, task) + ("" if key == "accuracy_share" else ", NLL") for task, key in judged.items()) + " | mean accuracy (worst run) | mean NLL (worst run) |", "| --- |" + " --- |" * (len(judged) + 2)]
-    for name in sorted(there, key=lambda name: list(USED).index(name) if name in USED else len(USED)):
+    for name in sorted(there, key=lambda name: next((i for i, used in enumerate(USED) if name.startswith(used)), len(USED))):
         own = {key: shares(found, name, key) for key in ("accuracy_share", "nll_share")}
         def of_task(task):
             runs = own[judged[task]].get(task)
