@@ -148,7 +148,7 @@ def test_what_a_run_of_other_settings_has_left_is_refused(llama, task, tmp_path,
 
 
 def test_the_last_blocks_alone(llama, task, tmp_path):
-    out = build_allocated(llama, task.calibration(), tmp_path / "out", ratio=RATIO / 2, last=2)
+    out = build_allocated(llama, task.calibration(), tmp_path / "out", ratio=0.6 * RATIO, last=2)
     assert emulator_config(out).bypassed and len(emulator_config(out).bits) == 14
 
 
