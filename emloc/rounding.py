@@ -157,8 +157,10 @@ def round_scaled(
         left = left[better]
         if not len(left): break
         scales[left], least[left] = tried[better], energies[better]
+        if heard is not None: continue # those numbers are of no use
         if numbers is None: numbers = found
         else: numbers[left] = found[better]
+    del found
     return (numbers if heard is None else round_weight(columns, scales, parts, carry, heard)[0]), scales
 
 def energy(
