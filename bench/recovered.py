@@ -79,7 +79,7 @@ def table(found: dict, methods: list) -> str:
 def summary(found: dict, about: dict) -> str:
     "Markdown: every method on every task in a line."
     s = next(iter(found.values()))["setting"]
-    return "\n".join([f"Recovered share of the accuracy, where nothing else is said: SmolLM2-135M-Instruct, emulators of ratio {s['ratio']:g} or as the name says, {s['steps']} steps of {s['batch_size']} rows, {s['rows']} test rows, the mean over three seeds, learning rate {s['rates'][0]:g}. Means over the tasks where all of them were measured.", "", table(found, NOW + [m.name for m in BEFORE if m.word == "rotated" and m.name.removesuffix(next(iter(EARLIER))) in USED]), "",
+    return "\n".join([f"Recovered share of the accuracy, where nothing else is said: SmolLM2-135M-Instruct, emulators of ratio {s['ratio']:g} or as the name says, {s['steps']} steps of {s['batch_size']} rows, {s['rows']} test rows, the mean over three seeds, learning rate {s['rates'][0]:g}. Means over the tasks where all of them were measured.", "", table(found, NOW + [name + next(iter(EARLIER)) for name in USED]), "",
                       f"(Made on several machines of this size, the last of them: {machine.line(about)}.)"])
 
 
@@ -88,7 +88,7 @@ def older(comparison: Comparison) -> list:
     runs, found = Counter(row["name"] for row in comparison.rows(METHODS + BEFORE)), []
     for method in METHODS:
         most = runs[method.name]
-        for own in (m for m in BEFORE if m.name.startswith(f"{method.name}, ") and m.name.removeprefix(method.name) in EARLIER):
+        for own in (m for m in BEFORE if m.name.removeprefix(method.name) in EARLIER):
             if runs[own.name] > most: found.append(own)
             most = max(most, runs[own.name])
     return found

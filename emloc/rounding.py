@@ -145,10 +145,12 @@ FACTORS = (1.0, 1.1, 1.2, 1.5, 2.0, 3.0) # scale of an output, relative to the r
 
 def round_scaled(
     columns: torch.Tensor, # Wᵀ (in, out), the loudest first; changed in place
-    *how, # parts, carry, heard, as above
+    parts: list, # these three as above
+    carry: torch.Tensor,
+    heard: torch.Tensor | None = None,
 ) -> tuple: # (numbers (out, in), scales (out,))
     "Rounded with the scales that leave the least error. Larger ones are tried as long as they are better."
-    size, parts, carry, heard = columns.square().mean(0).sqrt().clamp_min(1e-30), *how
+    size = columns.square().mean(0).sqrt().clamp_min(1e-30)
     scales, least, left, numbers = torch.empty_like(size), torch.full_like(size, torch.inf), torch.arange(len(size), device=size.device), None
     for factor in FACTORS:
         tried = (factor * size[left]).to(SCALE).to(size.dtype)
