@@ -4,12 +4,12 @@
 
 Stage 1 and stage 3 see one block, or one weight, at a time: on a random model of 1.1B parameters (TinyLlama's geometry,
 bfloat16, several shards) their peak stays under 1 GiB over the imported libraries, and it does not grow with the number of
-blocks (with malloc's thresholds fixed: glibc moves its own with the sizes that are freed, and then keeps up to tens of MiB of holes).
+blocks (the median of three runs: where the allocator leaves holes is not the same every time).
 Training the emulator needs no more than inference of the whole model, on the embedded model and on the large one.
 
 Writes bench/results/memory.json. A result is kept under --out and not measured twice, so a run that was interrupted goes on;
 --quick does everything with tiny sizes, to see that it works, and --again forgets what was kept. The allocator is as the
-system has it; --malloc also measures with MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ set, in rows that say so.
+system and the package have it.
 """
 import argparse
 import json
@@ -22,7 +22,6 @@ from models import GEOMETRIES, keep_model
 
 HERE = Path(__file__).parent
 GIB, MIB = 2**30, 2**20
-MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}
 # growth below this is the bookkeeping of more names, not weights: a block of the growth bench has 14 MB
 GROWTH = 1.05
 SIZES = { # geometry of the large model and of the one that grows, blocks of the latter, of the short one, and what the stages see
@@ -34,8 +33,8 @@ MODES = ("none", "clamp", "gram", "auto")
 
 class Bench:
     "Jobs, their kept results, and the rows of the table."
-    def __init__(self, out: Path, sizes: dict, again: bool = False, malloc: bool = False):
-        self.out, self.sizes, self.again, self.malloc, self.rows = out, sizes, again, malloc, []
+    def __init__(self, out: Path, sizes: dict, again: bool = False):
+        self.out, self.sizes, self.again, self.rows = out, sizes, again, []
         out.mkdir(parents=True, exist_ok=True)
 
     def model(self, geometry: dict, name: str, base) -> Path: return keep_model(geometry, self.out / name, tokenizer=base)
@@ -45,10 +44,10 @@ class Bench:
         self.rows.append({"stage": title, "peak_bytes": peak, "bound_bytes": bound, "met": met, "note": note or found.get("error", ""), "where": found.get("where", ""), "measured": found})
         print(line(self.rows[-1]), flush=True)
 
-    def measure(self, title: str, name: str, bound: int | None, env: dict | None = None, times: int = 1, **job) -> dict:
+    def measure(self, title: str, name: str, bound: int | None, times: int = 1, **job) -> dict:
         "A job, in the table: the median of so many runs. Its directory stays for those that follow."
         if "out" in job: job["out"] = str(self.out / job["out"])
-        runs = [stage.kept(self.out / "measured", f"{name}-{i}" if i else name, job, again=self.again, env=env) for i in range(times)]
+        runs = [stage.kept(self.out / "measured", f"{name}-{i}" if i else name, job, again=self.again) for i in range(times)]
         runs.sort(key=lambda found: found.get("peak_bytes", -1)) # one that failed comes first
         peaks = [found["peak_bytes"] / MIB for found in runs if "peak_bytes" in found]
         found = runs[times // 2 if len(peaks) == times else 0]
@@ -67,17 +66,15 @@ def line(row: dict) -> str:
 
 
 def growth(bench: Bench, base):
-    "Stage 1 on ever more blocks: with the allocator as it is, whose spread is as large as what is looked for, so the median of three, and with fixed thresholds."
-    sizes, first = bench.sizes, {}
+    "Stage 1 on ever more blocks."
+    sizes, first = bench.sizes, None
     for count in sizes["counts"]:
         name = f"{sizes['growing']}-{count}"
         model = bench.model(GEOMETRIES[sizes["growing"]] | {"num_hidden_layers": count}, name, base)
-        for more, env, times in (("", None, 3), (", malloc thresholds 1 MiB", MALLOC, 1)):
-            found = bench.measure(f"stage 1, {count} blocks of hidden size {GEOMETRIES[sizes['growing']]['hidden_size']}{more}", f"growth-{count}{'-malloc' if env else ''}", first.get(more) and int(first[more] * GROWTH), env=env, times=times,
-                                  job="emulate", model=str(model), out=f"emulator-{name}", rows=sizes["rows"], length=sizes["length"])
-            first.setdefault(more, found.get("peak_bytes"))
-            bench.drop(f"emulator-{name}")
-        bench.drop(name)
+        found = bench.measure(f"stage 1, {count} blocks of hidden size {GEOMETRIES[sizes['growing']]['hidden_size']}", f"growth-{count}", first and int(first * GROWTH), times=3,
+                              job="emulate", model=str(model), out=f"emulator-{name}", rows=sizes["rows"], length=sizes["length"])
+        first = first or found.get("peak_bytes")
+        bench.drop(f"emulator-{name}", name)
 
 
 def compare_training(bench: Bench, title: str, name: str, model, emulator, adapter: str, what: str = "training the emulator", **job):
@@ -123,11 +120,7 @@ def large(bench: Bench, base):
     bench.drop("short")
     model = str(bench.model(geometry, "large", base))
     emulator, adapter = str(out / "emulator-large"), str(out / "adapter-large")
-    title = f"stage 1, {rows} rows, all {geometry['num_hidden_layers']} blocks"
-    bench.measure(title, "stage1", GIB, job="emulate", model=model, out="emulator-large", rows=rows, length=length)
-    if bench.malloc:
-        bench.measure(f"{title}, malloc thresholds 1 MiB", "stage1-malloc", GIB, env=MALLOC, job="emulate", model=model, out="emulator-malloc", rows=rows, length=length)
-        bench.drop("emulator-malloc")
+    bench.measure(f"stage 1, {rows} rows, all {geometry['num_hidden_layers']} blocks", "stage1", GIB, job="emulate", model=model, out="emulator-large", rows=rows, length=length)
     bench.measure("anchors", "anchor", GIB, job="anchor", emulator=emulator, model=model, out="anchors", length=length)
     bench.drop("anchors")
     compare_training(bench, "large model", "large", model, emulator, "adapter-large")
@@ -161,9 +154,9 @@ def tables(rows: list, about: dict) -> str:
     return "\n".join([*parts, f"({machine.line(about)}. Each row is a process of its own; its peak is the larger of the resident set every 10 ms and the kernel's VmHWM, minus the resident set once everything is imported.)"])
 
 
-def run(out: Path, *, quick: bool = False, base="default", parts: list = list(PARTS), again: bool = False, malloc: bool = False, results: Path | None = None) -> dict:
+def run(out: Path, *, quick: bool = False, base="default", parts: list = list(PARTS), again: bool = False, results: Path | None = None) -> dict:
     "All parts; the report that is written."
-    base, bench = find_model(base), Bench(out, SIZES["quick" if quick else "full"], again, malloc)
+    base, bench = find_model(base), Bench(out, SIZES["quick" if quick else "full"], again)
     print("\n".join(HEAD), flush=True)
     for part in parts: PARTS[part](bench, base)
     about = machine.describe()
@@ -183,8 +176,7 @@ if __name__ == "__main__":
     parser.add_argument("--base", default="default", help="the embedded model: the tokenizer's source, and the small model of stage 2")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--again", action="store_true", help="measure anew what is there already")
-    parser.add_argument("--malloc", action="store_true", help="stage 1 once more with the allocator's thresholds set")
     parser.add_argument("--results", type=Path, help="the report; by default bench/results/memory.json")
     args = parser.parse_args()
     results = args.results or (None if args.quick else HERE / "results" / "memory.json")
-    print("\n" + run(args.out, quick=args.quick, base=args.base, parts=args.parts, again=args.again, malloc=args.malloc, results=results)["markdown"])
+    print("\n" + run(args.out, quick=args.quick, base=args.base, parts=args.parts, again=args.again, results=results)["markdown"])

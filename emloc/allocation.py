@@ -16,8 +16,9 @@ from .arithmetic import product, short_attention
 from .backward import inputs_kept, loss_gradient
 from .data import EmlocError, encode_rows, load_tokenizer, rows_hash
 from .emulator import build_emulator
+from .freed import give_back
 from .lowrank import emulator_config, emulator_weight
-from .model import Checkpoint, dense_weight, find_model, give_back, linear_shapes, skeleton
+from .model import Checkpoint, dense_weight, find_model, linear_shapes, skeleton
 from .output import check_out, check_same, finish_directory, processes, write_json
 from .packed import PER_BYTE, bits_of, gaussian_levels, overhead
 from .walk import Step, Walk

@@ -15,8 +15,9 @@ import torch
 
 from .adapter import pairs_hash, with_lora
 from .data import EmlocError, collator, rows_hash
+from .freed import give_back
 from .lowrank import check_base, emulator_config, put_emulated
-from .model import Checkpoint, block_names, find_model, give_back, skeleton
+from .model import Checkpoint, block_names, find_model, skeleton
 from .output import Run, check_out, write_json
 from .rowfile import RowFile
 from .walk import Step, Walk, hidden_of

@@ -11,7 +11,7 @@ import torch
 
 from .arithmetic import short_attention
 from .data import EmlocError
-from .model import give_back
+from .freed import give_back
 from .walk import Step, Walk, completion_losses, keep_last
 
 # %% auto #0

@@ -17,7 +17,8 @@ from accelerate.utils import gather_object, reduce
 from .arithmetic import planning
 from .data import EmlocError
 from .fisher import decompose_fisher
-from .model import dense_weight, give_back
+from .freed import give_back
+from .model import dense_weight
 from .output import processes
 from .rounding import quantize
 from .spectrum import Gram, decompose, truncate

@@ -14,8 +14,9 @@ from tqdm.auto import tqdm
 
 from .adapter import Adapter, check_shapes, read_adapter, with_lora, write_adapter
 from .data import EmlocError, encode_rows, load_tokenizer, rows_hash
+from .freed import give_back
 from .lowrank import check_base, emulator_weight
-from .model import Checkpoint, Conv1D, block_linears, find_model, give_back, linear_shapes, skeleton
+from .model import Checkpoint, Conv1D, block_linears, find_model, linear_shapes, skeleton
 from .output import Run, check_out, file_hash
 from .spectrum import Gram
 from .walk import Step, Walk, completion_losses

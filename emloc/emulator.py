@@ -21,8 +21,9 @@ from .backward import loss_gradient
 from .block import Seen, add_up, build_block, look_forward, pass_by, watched_inputs
 from .data import EmlocError, rows_hash, several
 from .fisher import METRICS, Gradients, output_gradients
+from .freed import give_back
 from .lowrank import PACKING, EmulatorConfig, LowRankLinear
-from .model import find_model, give_back, linear_shapes, read_header
+from .model import find_model, linear_shapes, read_header
 from .output import Run, check_out, processes, write_json
 from .packed import layout, overhead
 from .rank import check_ratio, of_last, uniform

@@ -22,8 +22,9 @@ from .adapter import PREFIX, read_adapter, write_adapter
 from .anchor import Anchors
 from .arithmetic import has_units, load_whole, short_attention
 from .data import EmlocError, collator, encode_rows, load_tokenizer, rows_hash
+from .freed import give_back
 from .lowrank import emulator_config, load_emulator
-from .model import Checkpoint, block_names, find_model, give_back
+from .model import Checkpoint, block_names, find_model
 from .output import check_out, check_same, last_checkpoint, new_directory, processes, write_json
 from .pairlora import load_adapter, lora_config, wrap
 from .rounds import made_in, whole

@@ -31,7 +31,7 @@ class Gradients(Gram):
     "The second moment of a weight's output gradients: L, or for a tall weight WᵀLW and the trace of L."
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self.trace = self.matrix.new_zeros(1)
+        self.trace = torch.zeros(1, dtype=self.dtype, device=self.device)
 
     def hear(
         self,

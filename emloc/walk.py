@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from .arithmetic import quicken
 from .data import EmlocError, collator, encode_rows, load_tokenizer
-from .model import Checkpoint, block_names, borrow, empty, fill, give_back, linears, skeleton
+from .freed import give_back, returned_at_once
+from .model import Checkpoint, block_names, borrow, empty, fill, linears, skeleton
 
 # %% auto #0
 __all__ = ['LOGITS', 'TRIM', 'stand_ins', 'hidden_of', 'with_hidden', 'make_batches', 'bare', 'keep_last', 'completion_losses',
@@ -156,9 +157,10 @@ class Walk:
         self,
         index: int, # which
     ):
-        "One block in memory for the duration of the `with`."
-        yield Step(self, index, self.names[index], fill(self.model, self.checkpoint, self.names[index], device=self.device))
-        empty(self.blocks[index])
+        "One block in memory for the duration of the `with`, and what is freed meanwhile is not held."
+        with returned_at_once():
+            yield Step(self, index, self.names[index], fill(self.model, self.checkpoint, self.names[index], device=self.device))
+            empty(self.blocks[index])
 
     def put_head_away(self):
         "Let go of a head, which is read again when it is needed."
