@@ -163,11 +163,11 @@ def perform(job: dict) -> dict:
     return watch.result() | ({"error": error} if error else {})
 
 
-def in_own_process(job: dict, *, device: str = "cpu", env: dict | None = None) -> dict:
+def in_own_process(job: dict, *, device: str = "cpu") -> dict:
     "A job's result from a fresh process; with an entry `error` when it failed."
     places = {"PYTHONPATH": os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]))}
     if device == "cpu": places["CUDA_VISIBLE_DEVICES"] = ""
-    done = subprocess.run([sys.executable, __file__, json.dumps(job)], capture_output=True, text=True, env=os.environ | places | (env or {}))
+    done = subprocess.run([sys.executable, __file__, json.dumps(job)], capture_output=True, text=True, env=os.environ | places)
     lines = done.stdout.strip().splitlines()
     if done.returncode == 0 and lines: return json.loads(lines[-1])
     return {"error": (done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"])[-1]}

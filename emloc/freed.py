@@ -33,8 +33,8 @@ def set_limit(
     size: int, # bytes
 ):
     "Map pieces of this size, and give back the end of the heap when twice as much is free there. Not where the environment has set it."
-    library, own = c_library(), "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "")
-    if library and not own:
+    if "MALLOC_MMAP_THRESHOLD_" in os.environ or "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", ""): return
+    if library := c_library():
         for name, value in ((_MAP, size), (_TRIM, 2 * size)): library.mallopt(name, value)
 
 @contextmanager

@@ -1,8 +1,10 @@
 """One streamed pass gives what the whole model gives, with one block in memory."""
+import psutil
 import pytest
 import tiny
 import torch
 
+from emloc import freed
 from emloc.data import EmlocError, encode_rows, load_tokenizer
 from emloc.model import Checkpoint
 from emloc.walk import Walk, completion_losses, keep_last
@@ -199,3 +201,27 @@ def test_weights_outside_the_blocks_can_be_lent(tmp_path, task, family):
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
     # what does not fit is read
     assert walked(tiny.load(path, dtype=torch.bfloat16))[0].model.get_input_embeddings().weight.dtype == torch.float32
+
+
+def holes() -> float: # MiB
+    "How much the process grows by twenty pieces of 8 MiB of which every other one was freed again."
+    freed.give_back()
+    before, pieces = psutil.Process().memory_info().rss, [torch.ones(2**21) for _ in range(20)]
+    del pieces[::2]
+    return (psutil.Process().memory_info().rss - before) / 2**20
+
+
+@pytest.mark.skipif(not freed.c_library(), reason="other C libraries have other rules")
+def test_what_is_freed_while_a_block_is_there_is_not_held(llama, rows, monkeypatch):
+    monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
+    freed.set_limit(freed.LARGEST)
+    assert holes() > 120
+    with Walk(llama, rows).block(0): assert holes() < 100
+    assert holes() > 120 # as glibc would have it
+
+
+@pytest.mark.parametrize("name, value", [("MALLOC_MMAP_THRESHOLD_", "65536"), ("GLIBC_TUNABLES", "glibc.malloc.mmap_threshold=65536")])
+def test_a_limit_that_the_environment_sets_is_left_alone(name, value, monkeypatch):
+    monkeypatch.setenv(name, value)
+    monkeypatch.setattr(freed, "c_library", lambda: pytest.fail("it was changed"))
+    with freed.returned_at_once(): pass
