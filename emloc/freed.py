@@ -26,7 +26,7 @@ def give_back():
 
 
 # %% ../nbs/00c_freed.ipynb #8092b4a8
-LARGE, LARGEST = 2 ** 22, 2 ** 25 # bytes of pieces that are mapped: one block at a time, and otherwise
+LARGE, LARGEST = 2 ** 20, 2 ** 25 # bytes of pieces that are mapped: one block at a time, and otherwise
 _TRIM, _MAP = -1, -3 # what mallopt calls these limits
 
 def set_limit(
