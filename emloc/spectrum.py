@@ -82,7 +82,7 @@ class Gram:
         self.width, self.dtype, self.device = in_features, dtype, torch.empty(0, device=device).device # cuda:0, not cuda
         self._above, self._whole = [torch.zeros(s.stop - s.start, in_features - s.start, dtype=dtype, device=device) for s in strips(in_features, TILED)], None # until somebody wants all of it
         self.count = 0 # rows added so far
-        self._root, self._mirrored, self._loud, self._weight, self._lock = None, True, [], None, threading.RLock() # weights that share it may be factorised at the same time
+        self._root, self._mirrored, self._loud, self._weight, self._lock = None, False, [], None, threading.RLock() # weights that share it may be factorised at the same time
 
     def add(
         self,
@@ -122,9 +122,8 @@ class Gram:
         with self._lock:
             if self._loud: self._add_loud()
             if self._whole is None:
-                whole = torch.empty(self.width, self.width, dtype=self.dtype, device=self.device)
-                for own in above(whole, TILED): own.copy_(self._above.pop(0)) # which is then let go
-                self._whole, self._mirrored = whole, False
+                self._whole = torch.empty(self.width, self.width, dtype=self.dtype, device=self.device)
+                for own in above(self._whole, TILED): own.copy_(self._above.pop(0)) # which is then let go
             if not self._mirrored: mirror(self._whole)
             self._mirrored = True
         return self._whole
@@ -136,7 +135,7 @@ class Gram:
 
     def double(self) -> "Gram":
         "The same sum in float64."
-        other = Gram(0, torch.float64, self.device)
+        other = Gram(0)
         other.matrix, other.count = self.matrix.double(), self.count
         return other
 
