@@ -60,6 +60,8 @@ if __name__ == "__main__":
         shared = of_reference(base, args.seeds) if [*changes] == ["calibration"] else {}
         comparison = comparisons[name] = begun(task, args.out / f"{args.task}-{name.replace(' ', '-')}", setting, kept.get(name) or untouched | shared) if changes else base
         if args.only is None or name in args.only:
+            own = comparison.out / f"emulator-{METHOD.kind()}"
+            if "calibration" not in changes and not own.exists(): own.symlink_to(base.emulator(METHOD).resolve()) # the same for whatever only changes the training
             for seed in args.seeds:
                 for method in (METHODS[0], METHOD): comparison.tried(method, seed, setting.rates[0])
         found = comparison.recovered(METHOD, args.seeds, setting.rates[0])
