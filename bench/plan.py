@@ -103,9 +103,10 @@ def rows_of(count: int, run: dict):
     torch.manual_seed(0)
     rows, size = [], run["batch_size"]
     for i in range(count):
-        n = run["seq_len"] - (i % size) * 3
+        last = run.get("completion") or run["seq_len"] # positions that may have logits
+        n = run["seq_len"] - min((i % size) * 3, last - 1)
         ids = torch.randint(1000, 49000, (n,)).tolist()
-        kept = n if run.get("completion") is None else max(1, run["completion"] - (i % size) * 3)
+        kept = last - (run["seq_len"] - n)
         rows.append({"input_ids": ids, "labels": [-100] * (n - kept) + ids[n - kept:]})
     return datasets.Dataset.from_list(rows)
 

@@ -55,7 +55,7 @@ class Shapes:
     def __init__(
         self,
         model, # a directory with config.json, a hub name, 'default', or a short name of GEOMETRIES
-        mapped: bool = False, # stage 1 is on a CPU, where the embedding is in memory only while blocks run
+        mapped: bool = False, # it is about a CPU, where stages that walk have the embedding in memory only while a block runs
     ):
         (self.config, self.dtype), self.made, self.mapped = find_config(model), {}, mapped
         whole = self.whole()
@@ -142,7 +142,7 @@ def allocating(
 ) -> Need:
     "Bits by gradients: a walk forward and back, around an emulator with equal bits that is on disk until it is over."
     all, batch = s.hidden(rows, seq_len), s.hidden(batch_size, seq_len)
-    return walking(s, "1 bits by gradients", allocating_peaks(s.whole(2), batch_size, seq_len, completion), (s.main + 2) * all, batch, disk=s.emulator_bytes(choice), more=batch, runtime="fisher")
+    return walking(s, "1 bits by gradients", allocating_peaks(s.whole(2), batch_size, seq_len, completion, s.mapped), (s.main + 2) * all, batch, disk=s.emulator_bytes(choice), more=batch, runtime="fisher")
 
 def correcting(
     s: Shapes,
@@ -156,7 +156,7 @@ def correcting(
     "Correction in mode auto; the other modes and merging need less memory. The merged model is on disk."
     batch_size = min(batch_size, rows)
     all = len(CANDIDATES) * s.hidden(rows, seq_len)
-    peaks = correcting_peaks(s.whole(1), s.emulator(choice, 1), rank, batch_size, seq_len, completion)
+    peaks = correcting_peaks(s.whole(1), s.emulator(choice, 1), rank, batch_size, seq_len, completion, s.mapped)
     return walking(s, "3 correct, merge", peaks, all, s.hidden(batch_size, seq_len), disk=s.bytes + 2 * all)
 
 # %% ../nbs/40a_needs.ipynb #e1893c85
@@ -171,7 +171,7 @@ def anchoring(
 ) -> Need:
     "Anchors. The model's walk keeps hidden states; what is stored of them is written batch by batch."
     batch_size = min(batch_size, rows)
-    peaks, all = anchoring_peaks(s.whole(1), s.emulator(choice, 1), batch_size, seq_len), s.hidden(rows, seq_len)
+    peaks, all = anchoring_peaks(s.whole(1), s.emulator(choice, 1), batch_size, seq_len, s.mapped), s.hidden(rows, seq_len)
     host = max(p.get("waiting", 0) for p in peaks.values()) * all // s.hidden(BATCHES * batch_size, seq_len)
     disk = anchor_bytes(rows * seq_len, s.width, len(anchored_blocks(s.main, every, first))) + 4 * all
     return walking(s, f"anchors, {rows} rows", peaks, host, s.hidden(batch_size, seq_len), disk=disk)
@@ -186,7 +186,7 @@ def polishing(
 ) -> Need:
     "The polish: a step keeps what goes into every block, and gradients as large as one hidden state."
     blocks, all, batch = min(2, s.main), s.hidden(rows, seq_len), s.hidden(batch_size, seq_len)
-    need = walking(s, f"polish, {rows} rows a step", polishing_peaks(s.whole(blocks), rank, batch_size, seq_len, completion), (s.main + 1) * all, batch, blocks, more=batch)
+    need = walking(s, f"polish, {rows} rows a step", polishing_peaks(s.whole(blocks), rank, batch_size, seq_len, completion, s.mapped), (s.main + 1) * all, batch, blocks, more=batch)
     need.disk = 2 * need.parts["lora"] + need.parts["optimizer"] # the LoRA, and what the next step begins from
     return need
 

@@ -223,13 +223,14 @@ def anchoring_peaks(
     emulated: nn.Module, # the same with pairs
     batch_size: int, # rows that go through a block together
     seq_len: int, # tokens
+    mapped: bool = False, # as in `PaperWalk`
 ) -> dict: # {moment: {kind: bytes}}
     "A step of `compute_anchors`."
     ledger = book(model, batch_size, seq_len, "a block runs")
     with pretend(ledger):
         batch = fake_batch(model, batch_size, seq_len, 1)
         with on_paper(batch, model, emulated):
-            whole, small = PaperWalk(model, ledger, batch), PaperWalk(emulated, ledger, batch)
+            whole, small = (PaperWalk(m, ledger, batch, mapped=mapped) for m in (model, emulated))
             for step in zip(whole, small):
                 for _ in residuals(*step, "bfloat16", True): pass # each batch is written as it comes
     return ledger.peaks
@@ -269,13 +270,14 @@ def correcting_peaks(
     batch_size: int, # rows that go through a block together
     seq_len: int, # tokens
     completion: int | None = None, # positions of a row that have logits; by default all
+    mapped: bool = False, # as in `PaperWalk`
 ) -> dict: # {moment: {kind: bytes}}
     "Stage 3 in mode auto, with one candidate of each kind; the other modes and merging need less. The pairs are those of the blocks that are there."
     ledger = book(model, batch_size, seq_len, "candidates run")
     run = SimpleNamespace(blocks=lambda label, walk: walk)
     with pretend(ledger):
         batch, pieces = fake_batch(model, batch_size, seq_len, completion), PaperPieces(model, emulated, rank, ledger)
-        walk = lambda checkpoint, rows, variants=1: PaperWalk(model, ledger, batch, variants)
+        walk = lambda checkpoint, rows, variants=1: PaperWalk(model, ledger, batch, variants, mapped)
         with on_paper(batch, model), mock.patch.multiple("emloc.correct", Walk=walk, right_beginnings=lambda *_: 0.0):
             judge(pieces, [(mode, 1.0) for mode in ("none", "clamp", "gram")], None, 3.0, run)
     return ledger.peaks
@@ -286,6 +288,7 @@ def polishing_peaks(
     batch_size: int, # rows that go through a block together
     seq_len: int, # tokens
     completion: int | None = None, # positions of a row that have logits; by default all
+    mapped: bool = False, # as in `PaperWalk`
 ) -> dict: # {moment: {kind: bytes}}
     "A step of the polish. The pairs, their gradients and optimizer states are those of the blocks that are there."
     ledger = book(model, batch_size, seq_len, "a block runs")
@@ -297,7 +300,7 @@ def polishing_peaks(
             for t in trained: t.register_post_accumulate_grad_hook(lambda t: ledger.add(t.grad, "gradients"))
             optimizer_states(trained, ledger)
             ledger.moment = "a block runs"
-            with mock.patch("emloc.polish.loss_gradient", waiting_gradients(ledger)): lora_gradient(PaperWalk(model, ledger, batch), {m: (A, B, 2.0) for m, (A, B) in pairs.items()})
+            with mock.patch("emloc.polish.loss_gradient", waiting_gradients(ledger)): lora_gradient(PaperWalk(model, ledger, batch, mapped=mapped), {m: (A, B, 2.0) for m, (A, B) in pairs.items()})
     return ledger.peaks
 
 def allocating_peaks(
@@ -305,6 +308,7 @@ def allocating_peaks(
     batch_size: int, # rows that go through a block together
     seq_len: int, # tokens
     completion: int | None = None, # positions of a row that have logits; by default all
+    mapped: bool = False, # as in `PaperWalk`
 ) -> dict: # {moment: {kind: bytes}}
     "The walk that finds which weights turn the gradient: all differences of a block, and the graph of a batch through it."
     ledger, shapes = book(model, batch_size, seq_len, "a block runs"), {n: dense_weight(m).shape for n, m in main_linears(model).items()}
@@ -316,5 +320,5 @@ def allocating_peaks(
     with pretend(ledger):
         batch = fake_batch(model, batch_size, seq_len, completion)
         with on_paper(batch, model), mock.patch("emloc.allocation.loss_gradient", loss):
-            blame(PaperWalk(model, ledger, batch), shapes, lambda name: torch.empty(shapes[name]))
+            blame(PaperWalk(model, ledger, batch, mapped=mapped), shapes, lambda name: torch.empty(shapes[name]))
     return ledger.peaks
