@@ -50,6 +50,9 @@ RUNS = [ # name, model, what is run, rows in a batch, tokens, positions with log
     dict(model="Qwen3 like", stage="build", batch_size=4, seq_len=512, rows=8, form="quantized"),
     dict(model="default", stage="train", batch_size=4, seq_len=512, completion=32, form="quantized"),
     dict(model="Llama like", stage="train", batch_size=4, seq_len=256, completion=32, checkpointing=True, form="quantized"),
+    dict(model="default", stage="rounds", batch_size=4, seq_len=128, completion=16, checkpointing=True, form="quantized"),
+    dict(model="Llama like", stage="rounds", batch_size=4, seq_len=128, completion=16, checkpointing=True),
+    dict(model="default", stage="rounds", batch_size=4, seq_len=128, completion=16, checkpointing=True, form="quantized", metric="fisher"),
     dict(model="default", stage="build", batch_size=8, seq_len=256, rows=32, completion=16, metric="fisher"),
     dict(model="Qwen3 like", stage="build", batch_size=4, seq_len=512, rows=8, completion=64, metric="fisher"),
     dict(model="default", stage="build", batch_size=8, seq_len=256, rows=32, completion=16, metric="fisher", form="quantized"),
@@ -61,11 +64,12 @@ RUNS = [ # name, model, what is run, rows in a batch, tokens, positions with log
     dict(model="Llama like", stage="polish", batch_size=8, seq_len=256, rows=32, completion=32),
 ]
 RATIO = 0.25
+AGAIN = 3 # steps of a round
 
 
 def name(run: dict) -> str:
     "A run in a few words."
-    return f"{run['stage']} {run['model']} {run['batch_size']} x {run['seq_len']}" + (" checkpointing" if run.get("checkpointing") else "") + (" fisher" if run.get("metric") == "fisher" else "") + (" quantized" if run.get("form") else "")
+    return f"{run['stage']} {run['model']} {run['batch_size']} x {run['seq_len']}" + (" checkpointing" if run.get("checkpointing") else "") + (" fisher" if run.get("metric") == "fisher" and run["stage"] != "rounds" else " renewed" if run.get("metric") else "") + (" quantized" if run.get("form") else "")
 
 
 def emulated(run: dict) -> bool: return run["stage"] == "train" and not run.get("form") # a model and its emulator of packed weights lie side by side
@@ -128,6 +132,7 @@ def work(run: dict, folder: Path, out: Path):
     from emloc.emulator import build_emulator
     from emloc.polish import polish_adapter
     from emloc.finetune import load_emulator, train_lora, training_args
+    from emloc.rounds import Rounds
     from emloc.pairlora import wrap
     from transformers import AutoModelForCausalLM
     walk = {"batch_size": run["batch_size"], "max_length": run["seq_len"]}
@@ -145,11 +150,15 @@ def work(run: dict, folder: Path, out: Path):
         batch["attention_mask"] = torch.ones_like(batch["input_ids"])
         if run["batch_size"] > 1: batch["attention_mask"][1:, -3:] = 0
         with torch.no_grad(): return model(**batch, use_cache=True, logits_to_keep=1).logits.shape
-    if run.get("form"): folder = folder.with_name(folder.name + "-emulator")
-    model = wrap(resident(load_emulator(folder) if run["stage"] == "train" else AutoModelForCausalLM.from_pretrained(folder, dtype="auto")))
-    args = training_args(out, steps=2, batch_size=run["batch_size"], gradient_checkpointing=run.get("checkpointing", False), disable_tqdm=True, dataloader_drop_last=True,
+    base, steps, anchors = folder, 2, None
+    if run.get("form") or run["stage"] == "rounds": folder = folder.with_name(folder.name + "-emulator")
+    model = wrap(resident(load_emulator(folder) if run["stage"] in ("train", "rounds") else AutoModelForCausalLM.from_pretrained(folder, dtype="auto")))
+    if run["stage"] == "rounds": # two of them; in the second the optimizer's states are there
+        steps, anchors = 2 * AGAIN, Rounds(base, AGAIN, renew=int("metric" in run))
+        anchors.check(folder, None)
+    args = training_args(out, steps=steps, batch_size=run["batch_size"], gradient_checkpointing=run.get("checkpointing", False), disable_tqdm=True, dataloader_drop_last=True,
                          train_sampling_strategy="sequential")
-    train_lora(model, rows_of(2 * run["batch_size"], run), args, tokenizer=load_tokenizer(folder), max_length=run["seq_len"])
+    train_lora(model, rows_of(steps * run["batch_size"], run), args, tokenizer=load_tokenizer(folder), max_length=run["seq_len"], anchors=anchors)
 
 
 def child(run: dict):
@@ -183,13 +192,17 @@ def predicted(run: dict, taken: list) -> tuple: # (Need, as planned without know
     from emloc import needs
     from emloc.emulator import choose_bits
     from emloc.rank import uniform
-    s = needs.Shapes(run["folder"], mapped=run["stage"] == "build")
+    s = needs.Shapes(run["folder"], mapped=run["stage"] in ("build", "correct", "anchor", "blame", "polish"))
     ranks, size = choose_bits(s.shapes, RATIO, s.dtype) if run.get("form") else uniform(s.shapes, RATIO), (run["batch_size"], run["seq_len"])
     settings = {"batch_size": run["batch_size"], "seq_len": run["seq_len"], "completion": run.get("completion"), "checkpointing": run.get("checkpointing", False), "lora": None}
     if run["stage"] == "build":
         build = lambda taken: needs.building(s, ranks, run["rows"], *size, metric=run.get("metric", "activation"), completion=run.get("completion"), taken=taken)
         return build({tuple(t) for t in taken}), build(None)
-    need = {"train": lambda: needs.training(s, "", lambda blocks: s.emulator(ranks, blocks), settings), "lora": lambda: needs.training(s, "", s.whole, settings), "infer": lambda: needs.whole_model(s, settings)[0],
+    train = lambda: needs.training(s, "", lambda blocks: s.emulator(ranks, blocks), settings)
+    def rounds():
+        step = train()
+        return max(step, *needs.between_rounds(s, ranks, step, settings, AGAIN, renewed=run.get("metric"), trained=2 * AGAIN * run["batch_size"]), key=lambda need: need.peak + need.host)
+    need = {"train": train, "rounds": rounds, "lora": lambda: needs.training(s, "", s.whole, settings), "infer": lambda: needs.whole_model(s, settings)[0],
             "correct": lambda: needs.correcting(s, ranks, 8, run["rows"], *size, run.get("completion")), "anchor": lambda: needs.anchoring(s, ranks, run["rows"], *size),
             "blame": lambda: needs.allocating(s, ranks, run["seq_len"], run.get("completion"), run["rows"], run["batch_size"]),
             "polish": lambda: needs.polishing(s, 8, run["seq_len"], run.get("completion"), run["rows"], run["batch_size"])}[run["stage"]]()
@@ -223,10 +236,10 @@ def companions(run: dict, folder: Path):
     from safetensors.torch import save_file
     checkpoint, emulator, adapter = Checkpoint(folder), folder.with_name(folder.name + "-emulator"), folder.with_name(folder.name + "-adapter")
     shapes, stage = linear_shapes(skeleton(checkpoint)), run["stage"]
-    if (stage in ("correct", "anchor", "blame") or stage == "train" and run.get("form")) and not emulator.exists():
+    if (stage in ("correct", "anchor", "blame", "rounds") or stage == "train" and run.get("form")) and not emulator.exists():
         choice = choose_bits(shapes, RATIO, checkpoint.dtype) if run.get("form") else uniform(shapes, RATIO)
         model, config = skeleton(checkpoint), chosen(choice)
-        config.base_model, config.base_fingerprint, config.ratio = str(folder), checkpoint.fingerprint(), RATIO
+        config.base_model, config.base_fingerprint, config.ratio, config.metric = str(folder), checkpoint.fingerprint(), RATIO, run.get("metric", "activation")
         put_emulated(model, config)
         own = {k: random_like(k, t) for k, t in model.state_dict().items() if k.rpartition(".")[0].removesuffix(".fine").removesuffix(".coarse") in choice and not checkpoint.key(k)}
         dense = {k: checkpoint.read(k) for k in checkpoint.info if k.removesuffix(".weight") not in choice}

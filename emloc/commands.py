@@ -20,17 +20,17 @@ from .evaluate import evaluate_task
 from .finetune import train_adapter, training_args
 from .lowrank import emulator_config
 from .merge import merge_adapter
-from .model import Checkpoint, find_model
+from .model import Checkpoint, find_model, linear_shapes, skeleton
 from .output import check_out, processes
 from .pairlora import lora_config
 from .plan import Plan, plan_memory
 from .polish import polish_adapter
-from .rank import by_spectrum, check_ratio
+from .rank import by_spectrum, check_ratio, entries
 from .rounds import Rounds
 
 # %% auto #0
-__all__ = ['FEW', 'settle_form', 'emulate', 'finetune', 'fitting', 'plan', 'anchored_rows', 'anchor', 'parse_pattern', 'correct',
-           'polish', 'merge', 'evaluate', 'compare', 'demo']
+__all__ = ['FEW', 'settle_form', 'settle_renewal', 'emulate', 'finetune', 'fitting', 'plan', 'anchored_rows', 'anchor',
+           'parse_pattern', 'correct', 'polish', 'merge', 'evaluate', 'compare', 'demo']
 
 # %% ../nbs/70_commands.ipynb #ba58c645
 FEW = 0.15 # a ratio below which rounding needs all the help there is
@@ -40,6 +40,15 @@ def settle_form(args):
     args.form = args.form or ("lowrank" if getattr(args, "ranks", "uniform") == "spectrum" else "quantized")
     few = args.form == "quantized" and args.ratio is not None and args.ratio < FEW
     args.metric, args.bits = args.metric or ("fisher" if args.form == "lowrank" or few else "activation"), args.bits or ("gradients" if few else "even")
+    if getattr(args, "renew", 0) is None: args.renew = int(few)
+
+def settle_renewal(args):
+    "An emulator of very few bits is made anew before every round."
+    if args.renew is not None: return
+    checkpoint, bits = Checkpoint(args.emulator), emulator_config(args.emulator).bits
+    shapes = linear_shapes(skeleton(checkpoint))
+    kept = sum(bits[name] * entries({name: shapes[name]}) for name in bits) / 8 / checkpoint.dtype.itemsize # as entries in full
+    args.renew = int(bool(bits) and kept / entries(shapes) < FEW)
 
 def emulate(args) -> dict:
     "Stage 1: build the emulator of MODEL from rows of TASK."
@@ -92,7 +101,7 @@ def plan(args) -> dict:
     settle_form(args)
     found = plan_memory(args.model, budget=args.budget, ratio=args.ratio, batch_size=args.batch_size, seq_len=args.seq_len, completion=args.completion,
                         checkpointing=not args.no_checkpointing, lora=lora_config(args.rank), rows=args.rows, walk_batch=args.walk_batch,
-                        metric=args.metric, form=args.form, bits=args.bits, train_rows=args.train_rows, anchor_every=args.anchor_every, last=args.last_blocks)
+                        metric=args.metric, form=args.form, bits=args.bits, train_rows=args.train_rows, anchor_every=args.anchor_every, again=args.anchor_again, renew=args.renew, last=args.last_blocks)
     print(found)
     return found.report()
 
@@ -107,7 +116,9 @@ def anchored_rows(args, task) -> tuple: # (rows to train on, what train_adapter 
     model = args.model or emulator_config(args.emulator).base_model
     try: find_model(model)
     except EmlocError as error: raise EmlocError(f"{error} (anchors need the whole model: name it with --model, or train without them, --anchor-every 0)") from None
-    if args.anchor_again: return task.train, Rounds(model, args.anchor_again, every=args.anchor_every, stored=args.anchor_stored, renew=args.renew)
+    if args.anchor_again:
+        settle_renewal(args)
+        return task.train, Rounds(model, args.anchor_again, every=args.anchor_every, stored=args.anchor_stored, renew=args.renew)
     rows, folder = task.train.select(range(min(len(task.train), args.steps * args.batch_size * args.accumulation))), Path(f"{args.out}.anchors")
     with processes().main_process_first():
         if not (folder / "anchors.json").is_file():

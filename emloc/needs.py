@@ -18,12 +18,13 @@ from .geometry import bare_model, find_config, n_bytes
 from .lowrank import chosen, put_emulated
 from .model import block_linears, block_names, linear_shapes
 from .rank import entries, of_last
+from .rounds import CALIBRATION
 from .simulate import extrapolate, highest, inference_peaks, main_blocks, shorten, training_peaks
 from .streamed import BATCHES, allocating_peaks, anchoring_peaks, building_peaks, correcting_peaks, polishing_peaks
 
 # %% auto #0
 __all__ = ['KINDS', 'TOKENIZER', 'RUNTIME', 'Need', 'Shapes', 'walking', 'building', 'allocating', 'correcting', 'anchoring',
-           'polishing', 'training', 'quantised', 'whole_model']
+           'polishing', 'training', 'quantised', 'whole_model', 'between_rounds']
 
 # %% ../nbs/40a_needs.ipynb #26c9af4e
 KINDS = ("weights", "lora", "optimizer", "gradients", "activations", "logits", "workspace")
@@ -48,7 +49,7 @@ class Need:
 
 # %% ../nbs/40a_needs.ipynb #95724216
 TOKENIZER = 400 # bytes for a word of the vocabulary
-RUNTIME = {"step": 1.25 * 2**20, "walk": 31 * 2**20, "fisher": 85 * 2**20} # bytes besides tensors and tokenizer
+RUNTIME = {"step": 1.25 * 2**20, "walk": 31 * 2**20, "fisher": 85 * 2**20, "round": 27 * 2**20} # bytes besides tensors and tokenizer; a round has a walk's too
 
 class Shapes:
     "A model's config, and the skeletons made from it."
@@ -108,7 +109,7 @@ def walking(
     "From the simulation of one batch to a whole stage."
     totals = {}
     for moment, parts in peaks.items():
-        parts = Counter({k: v for k, v in parts.items() if k != "waiting"}) + Counter(weights=s.larger, activations=batch + more, workspace=s.runtime(runtime))
+        parts = Counter({k: v for k, v in parts.items() if k not in ("waiting", "lent")}) + Counter(weights=s.larger, activations=batch + more, workspace=s.runtime(runtime))
         for kind in ("lora", "gradients", "optimizer"):
             if kind in parts: parts[kind] = int(parts[kind] * s.times / blocks)
         totals[moment] = parts
@@ -125,11 +126,12 @@ def building(
     metric: str = "activation", # or fisher
     completion: int | None = None, # positions of a row that have logits, for fisher
     taken: set | None = None, # forks of the decompositions that cost more; by default all
+    lent: bool = False, # what is outside the blocks is in memory anyhow
 ) -> Need:
     "Stage 1. The Fisher metric keeps what goes into every block on disk, and has gradients as large as the hidden states, which wait with them."
     fisher, batch_size = metric == "fisher", min(batch_size, rows)
     all, batch = s.hidden(rows, seq_len), s.hidden(batch_size, seq_len)
-    peaks = building_peaks(s.whole(2 if fisher else 1), choice, batch_size, seq_len, metric=metric, completion=completion, taken=taken, mapped=s.mapped)
+    peaks = building_peaks(s.whole(2 if fisher else 1), choice, batch_size, seq_len, metric=metric, completion=completion, taken=taken, mapped=s.mapped, lent=lent)
     return walking(s, "1 emulator", peaks, (1 + fisher) * all, batch, disk=s.emulator_bytes(choice) + all * (s.main + 2 if fisher else 2), more=batch if fisher else 0, runtime="fisher" if fisher else "walk")
 
 def allocating(
@@ -168,10 +170,11 @@ def anchoring(
     seq_len: int, # tokens
     every: int = 1, # an anchor after each so many blocks
     first: int = 0, # block of the main list that the emulator has
+    lent: bool = False, # what is outside the blocks is in memory anyhow
 ) -> Need:
     "Anchors. The model's walk keeps hidden states; what is stored of them is written batch by batch."
     batch_size = min(batch_size, rows)
-    peaks, all = anchoring_peaks(s.whole(1), s.emulator(choice, 1), batch_size, seq_len, s.mapped), s.hidden(rows, seq_len)
+    peaks, all = anchoring_peaks(s.whole(1), s.emulator(choice, 1), batch_size, seq_len, s.mapped, lent), s.hidden(rows, seq_len)
     host = max(p.get("waiting", 0) for p in peaks.values()) * all // s.hidden(BATCHES * batch_size, seq_len)
     disk = anchor_bytes(rows * seq_len, s.width, len(anchored_blocks(s.main, every, first))) + 4 * all
     return walking(s, f"anchors, {rows} rows", peaks, host, s.hidden(batch_size, seq_len), disk=disk)
@@ -218,3 +221,23 @@ def whole_model(s: Shapes, settings: dict) -> list: # Needs
     moment, parts = highest(extrapolate(lambda blocks: inference_peaks(s.whole(blocks), settings["batch_size"], settings["seq_len"]), s.main))
     lora = training(s, "LoRA on the whole model", s.whole, settings)
     return [Need("inference of the whole model", parts, 0, moment), lora, quantised(lora, s)]
+
+# %% ../nbs/40a_needs.ipynb #b1da6861
+def between_rounds(
+    s: Shapes,
+    choice: dict, # {module: rank, or bits as a float}, of the emulator
+    step: Need, # of training on it
+    settings: dict, # batch_size (rows), seq_len (tokens), completion
+    again: int = 25, # steps of a round
+    *,
+    every: int = 1, # an anchor after each so many blocks
+    first: int = 0, # block of the main list that the emulator has
+    renewed: str | None = None, # metric of the emulators that are made anew; None: it stays
+    trained: int | None = None, # rows of all steps; by default many
+) -> list: # Needs
+    "What stage 2 holds when a round begins."
+    rows, size = again * settings["batch_size"], (settings["batch_size"], settings["seq_len"])
+    walks = {"2 anchors of a round": anchoring(s, choice, rows, *size, every, first, lent=True)}
+    if renewed: walks["2 a new emulator"] = building(s, choice, min(max(rows, CALIBRATION), trained or rows + CALIBRATION), *size, metric=renewed, completion=settings.get("completion"), lent=True)
+    resident = Counter({k: step.parts.get(k, 0) for k in ("weights", "lora", "optimizer")}) + Counter(workspace=RUNTIME["round"])
+    return [Need(name, dict(resident + Counter(n.parts)), n.host + resident["lora"], n.moment, n.disk) for name, n in walks.items()] # the walks have copies of the LoRA in CPU memory

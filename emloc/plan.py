@@ -14,7 +14,7 @@ from .allocation import BITS
 from .data import EmlocError, several
 from .emulator import FORMS, choose_bits
 from .fisher import METRICS
-from .needs import KINDS, Need, Shapes, allocating, anchoring, building, correcting, polishing, training, whole_model
+from .needs import KINDS, Need, Shapes, allocating, anchoring, between_rounds, building, correcting, polishing, training, whole_model
 from .rank import check_ratio, of_last, uniform
 
 # %% auto #0
@@ -126,10 +126,13 @@ def plan_memory(
     bits: str = "even", # of a quantized emulator, or gradients
     train_rows: int = 1000, # that get anchors, if they are wanted
     anchor_every: int = 1, # an anchor after each so many blocks
+    again: int = 25, # steps of a round, before which its anchors are made; 0: stage 2 without rounds
+    renew: bool = False, # make the emulator anew before a round as well
     last: int | None = None, # blocks that the emulator has, from the end; None: all
 ) -> Plan:
     "What each stage will need. Raises `EmlocError` for a model without config, and a budget or ratio that is none."
     budget, s = None if budget is None else parse_bytes(budget), Shapes(model)
+    if again < 0: raise EmlocError(f"rounds of {again} steps: must be at least 1, or 0 for none")
     if min(batch_size, seq_len, rows, train_rows, walk_batch) < 1: raise EmlocError(f"batch size {batch_size}, length {seq_len}, rows {rows} and {train_rows}, rows in a block {walk_batch}: each must be at least 1")
     if metric not in METRICS: raise EmlocError(f"metric {metric!r}: must be one of {', '.join(METRICS)}")
     if form not in FORMS: raise EmlocError(f"form {form!r}: must be one of {', '.join(FORMS)}")
@@ -141,11 +144,13 @@ def plan_memory(
         return choose_bits(s.shapes, own, s.dtype) if form == "quantized" else uniform(s.shapes, own)
     settings = {"batch_size": batch_size, "seq_len": seq_len, "completion": completion, "checkpointing": checkpointing, "lora": lora}
     @cache # the search, the plan and the advice ask for the same ratios
-    def stage_2(ratio, **other):
-        choice = choose(ratio)
-        return training(s, "2 LoRA on the emulator", lambda blocks: s.emulator(choice, blocks), settings | other, main)
+    def stage_2(ratio, **other): # Needs of a step, and of what is done between rounds
+        choice, own = choose(ratio), settings | other
+        step = training(s, "2 LoRA on the emulator", lambda blocks: s.emulator(choice, blocks), own, main)
+        return [step, *(between_rounds(s, choice, step, own, again, every=anchor_every, first=s.main - main, renewed=metric if renew else None) if again else ())]
+    def fullest(ratio, **other): return max(need.peak for need in stage_2(ratio, **other))
     if ratio is not None: check_ratio(ratio)
-    elif budget: ratio = fit_ratio(lambda r: stage_2(r).peak, budget, share * LEAST[form], share)
+    elif budget: ratio = fit_ratio(fullest, budget, share * LEAST[form], share)
     ratio = ratio or 0.25
     choice, second, rank = choose(ratio), stage_2(ratio), lora.r if lora else 8
     def walks(count): return building(s, choice, rows, count, seq_len, metric=metric, completion=completion), correcting(s, choice, rank, max(1, rows // 8), count, seq_len, completion)
@@ -155,13 +160,13 @@ def plan_memory(
         first, third = walks(walk_batch)
     blaming = [allocating(s, choice, seq_len, completion)] if bits == "gradients" else []
     options = [anchoring(s, choice, train_rows, walk_batch, seq_len, anchor_every, s.main - main), polishing(s, rank, seq_len, completion)]
-    plan = Plan(str(model), ratio, {n: k for n, k in choice.items() if n in there} if form == "lowrank" else {}, [first, *blaming, second, third], options, whole_model(s, settings),
-                {k: v for k, v in settings.items() if k != "lora"} | {"lora_rank": rank, "calibration_rows": rows, "walk_batch": walk_batch, "metric": metric, "form": form, "bits": bits, "train_rows": train_rows, "last": last},
+    plan = Plan(str(model), ratio, {n: k for n, k in choice.items() if n in there} if form == "lowrank" else {}, [first, *blaming, *second, third], options, whole_model(s, settings),
+                {k: v for k, v in settings.items() if k != "lora"} | {"lora_rank": rank, "calibration_rows": rows, "walk_batch": walk_batch, "metric": metric, "form": form, "bits": bits, "train_rows": train_rows, "again": again, "renew": renew, "last": last},
                 s.bytes, s.emulator_bytes(choice, len(s.names) - (last or len(s.names))), budget)
-    if not plan.fits: plan.advice = advise(plan, s, settings, stage_2)
+    if not plan.fits: plan.advice = advise(plan, s, settings, fullest)
     return plan
 
-def advise(plan: Plan, s: Shapes, settings: dict, stage_2) -> list: # lines
+def advise(plan: Plan, s: Shapes, settings: dict, fullest) -> list: # lines
     "What would fit, where this does not."
     lines = []
     for need in plan.stages:
@@ -172,12 +177,14 @@ def advise(plan: Plan, s: Shapes, settings: dict, stage_2) -> list: # lines
                          + (" The Fisher metric keeps a Gram matrix for every output as well; --metric activation needs less." if need.name == "1 emulator" and plan.settings.get("metric") == "fisher" else "")
                          + (" Without --bits gradients this walk is not needed." if "bits" in need.name else ""))
             continue
+        if lines[-1].startswith("2") and any(line.startswith("2") for line in lines[:-1]): continue # what follows is about all of stage 2
         tries = {"activation checkpointing": {"checkpointing": True}, "a batch of 1": {"batch_size": 1, "checkpointing": True},
                  f"{settings['seq_len'] // 4} tokens": {"batch_size": 1, "checkpointing": True, "seq_len": max(1, settings["seq_len"] // 4)}}
+        if need.name != "2 LoRA on the emulator" and plan.stage(2).fits(plan.budget): lines.append("  Anchors made once, before the training, need less: --anchor-again 0.")
         for name, other in tries.items():
-            found = stage_2(plan.ratio, **other).peak
+            found = fullest(plan.ratio, **other)
             if found <= plan.budget: lines.append(f"  With {name} it needs {found / 2**30:.2f} GiB and fits.")
         least = s.share(plan.settings.get("last")) * LEAST[plan.settings.get("form", "lowrank")]
-        smallest = stage_2(least).peak
+        smallest = fullest(least)
         lines.append(f"  The smallest useful emulator (ratio {least:.2g}) needs {smallest / 2**30:.2f} GiB" + ("; take a smaller --ratio." if smallest <= plan.budget else ", which does not fit either."))
     return lines

@@ -46,14 +46,14 @@ class Blank:
         model: nn.Module, # a skeleton, on the meta device
         ledger: Ledger, # where what is read is entered as weights
     ):
-        self.shapes, self.ledger = {n: (t.shape, t.dtype) for n, t in model.named_parameters(remove_duplicate=False)}, ledger
+        self.shapes, self.ledger, self.kind = {n: (t.shape, t.dtype) for n, t in model.named_parameters(remove_duplicate=False)}, ledger, "weights"
 
     def key(self, name: str) -> str | None: return name if name in self.shapes else None
 
     def read(self, name: str) -> torch.Tensor:
         shape, dtype = self.shapes[name]
         tensor = torch.empty(shape, dtype=dtype)
-        self.ledger.add(tensor, "weights")
+        self.ledger.add(tensor, self.kind)
         return tensor
 
 class Waiting(list):
@@ -83,13 +83,16 @@ class PaperWalk(Walk):
         batch: dict, # of fake_batch
         variants: int = 1, # how many hidden states are kept
         mapped: bool = False, # as on a CPU, where the embedding is in memory only while blocks run
+        lent: bool = False, # what is outside the blocks is in memory anyhow, and counted elsewhere
     ):
         self.checkpoint, self.device, self.share = Blank(model, ledger), torch.device("cpu"), (0, 1)
         self.away = 0 # bytes
         size = len(batch["input_ids"])
         self.batches, self.order = [{k: t for k, t in batch.items() if k != "logits_to_keep"}] * BATCHES, [range(i * size, (i + 1) * size) for i in range(BATCHES)]
+        if lent: self.checkpoint.kind = "lent"
         self.begin(model.eval())
-        if not mapped: self.mapped = []
+        self.checkpoint.kind = "weights"
+        if lent or not mapped: self.mapped = []
         self.names = main_blocks(model, self.names)
         self.blocks = [model.get_submodule(n) for n in self.names]
         self.hidden = [Waiting(ledger, self.waiting()) for _ in range(variants)]
@@ -190,8 +193,9 @@ def building_peaks(
     metric: str = "activation", # or fisher
     completion: int | None = None, # positions of a row that have logits, for fisher; by default all
     taken: set | None = None, # {(what, name of a weight in any block)} of forks that cost more; by default all
-    mapped: bool = False, # as in `PaperWalk`
-) -> dict: # {moment: {kind: bytes}}; kind `waiting` is in CPU memory
+    mapped: bool = False, # these two as in `PaperWalk`
+    lent: bool = False,
+) -> dict: # {moment: {kind: bytes}}; kind `waiting` is in CPU memory, `lent` is another's
     "Stage 1: the largest state while a block runs and while a weight is factorised or rounded; for the Fisher metric also at the loss."
     ledger, config = book(model, batch_size, seq_len, "a block runs"), chosen(choice)
     costly = taken and {(what, kind(name)) for what, name in taken}
@@ -207,7 +211,7 @@ def building_peaks(
     with pretend(ledger), forks(decide):
         batch = fake_batch(model, batch_size, seq_len, completion)
         with on_paper(batch, model), mock.patch("emloc.rounding.waves", first_waves), mock.patch.multiple("emloc.emulator", load_file=lambda _: {f"0.{i}": h for i, h in enumerate(walk.waiting())}, save_file=nothing, loss_gradient=waiting_gradients(ledger)):
-            walk = PaperWalk(model, ledger, batch, mapped=mapped)
+            walk = PaperWalk(model, ledger, batch, mapped=mapped, lent=lent)
             run = SimpleNamespace(done={}, blocks=lambda label, walk: walk, counted=lambda label, left, total: left, file=lambda *_: SimpleNamespace(unlink=nothing), mark=nothing)
             if metric == "fisher":
                 for step in walk: step.run()
@@ -223,14 +227,15 @@ def anchoring_peaks(
     emulated: nn.Module, # the same with pairs
     batch_size: int, # rows that go through a block together
     seq_len: int, # tokens
-    mapped: bool = False, # as in `PaperWalk`
-) -> dict: # {moment: {kind: bytes}}
+    mapped: bool = False, # these two as in `PaperWalk`
+    lent: bool = False,
+) -> dict: # {moment: {kind: bytes}}; the same kinds
     "A step of `compute_anchors`."
     ledger = book(model, batch_size, seq_len, "a block runs")
     with pretend(ledger):
         batch = fake_batch(model, batch_size, seq_len, 1)
         with on_paper(batch, model, emulated):
-            whole, small = (PaperWalk(m, ledger, batch, mapped=mapped) for m in (model, emulated))
+            whole, small = (PaperWalk(m, ledger, batch, mapped=mapped, lent=lent) for m in (model, emulated))
             for step in zip(whole, small):
                 for _ in residuals(*step, "bfloat16", True): pass # each batch is written as it comes
     return ledger.peaks

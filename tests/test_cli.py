@@ -2,11 +2,14 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from emloc.cli import main
+from emloc.commands import settle_renewal
+from emloc.emulator import build_emulator
 from emloc.lowrank import emulator_config
 
 
@@ -132,6 +135,14 @@ def test_a_budget_and_bits_by_gradients_go_together(rows, llama, tmp_path, capsy
 def test_new_emulators_are_for_rounds(stages, rows, tmp_path, capsys):
     assert main([*map(str, ["finetune", stages / "emulate", rows, "--anchor-again", 0, "--renew", "--out", tmp_path / "raw"])]) == 2
     assert "--renew" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("ratio, last, said, renewed", [(0.14, None, None, 1), (0.16, None, None, 0), (0.14, None, 0, 0), (0.16, None, 2, 2), (0.14, 1, None, 1)])
+def test_an_emulator_of_few_bits_is_made_anew_unless_told_otherwise(ratio, last, said, renewed, llama, task, tmp_path):
+    emulator = build_emulator(llama, task.calibration(8), tmp_path / "emulator", ratio=ratio, form="quantized", last=last)
+    args = SimpleNamespace(emulator=emulator, renew=said)
+    settle_renewal(args)
+    assert args.renew == renewed
 
 
 @pytest.mark.parametrize("again, renew", [(0, False), (1, False), (1, True)])

@@ -12,7 +12,7 @@ from emloc.data import EmlocError
 from emloc.emulator import build_emulator, choose_bits
 from emloc.geometry import bare_model, find_config
 from emloc.model import linear_shapes
-from emloc.needs import Shapes, building
+from emloc.needs import Shapes, anchoring, building
 from emloc.plan import plan_memory
 from emloc.rank import uniform
 from emloc.simulate import Ledger, shorten
@@ -102,10 +102,28 @@ def test_a_mapped_embedding_is_away_while_weights_are_made():
     assert building(mapped, uniform(mapped.shapes, 0.25), 16, 8, 64).peak <= building(whole, uniform(whole.shapes, 0.25), 16, 8, 64).peak
 
 
+def test_between_rounds_a_training_waits_beside_the_walks(llama):
+    plan = lambda **more: {s.name: s for s in plan_memory(llama, ratio=0.15, batch_size=2, seq_len=24, form="quantized", **more).stages}
+    usual, renewed, once = plan(), plan(renew=True), plan(again=0)
+    names = ["2 anchors of a round", "2 a new emulator"]
+    assert [n for n in renewed if n not in once] == names and [n for n in usual if n not in once] == names[:1]
+    step = once["2 LoRA on the emulator"]
+    for need in (renewed[n] for n in names):
+        assert need.parts["weights"] > step.parts["weights"] and all(need.parts[k] >= step.parts[k] for k in ("lora", "optimizer")) and need.host > step.parts["lora"]
+    assert plan(again=50)[names[0]].disk == 2 * usual[names[0]].disk
+    with pytest.raises(EmlocError, match="rounds of -1"): plan(again=-1)
+
+
+def test_what_is_lent_is_not_counted_twice():
+    s = Shapes("SmolLM2-135M")
+    alone, lent = (anchoring(s, uniform(s.shapes, 0.25), 16, 8, 64, lent=lent) for lent in (False, True))
+    assert alone.peak - lent.peak == 2 * s.dense and alone.host == lent.host # two walks
+
+
 def test_the_fisher_metric_is_planned_and_unknown_ones_are_not(llama):
     plans = {m: plan_memory(llama, ratio=0.5, batch_size=2, seq_len=24, metric=m) for m in ("activation", "fisher")}
-    assert plans["fisher"].stages[0].peak > plans["activation"].stages[0].peak and plans["fisher"].stages[0].disk > plans["activation"].stages[0].disk
-    assert plans["fisher"].stages[1].peak == plans["activation"].stages[1].peak and "fisher" in repr(plans["fisher"])
+    assert plans["fisher"].stage(1).peak > plans["activation"].stage(1).peak and plans["fisher"].stage(1).disk > plans["activation"].stage(1).disk
+    assert plans["fisher"].stage(2).peak == plans["activation"].stage(2).peak and "fisher" in repr(plans["fisher"])
     with pytest.raises(EmlocError, match="metric"): plan_memory(llama, ratio=0.5, metric="best")
 
 
