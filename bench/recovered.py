@@ -58,7 +58,8 @@ def cell(tasks: dict, all: int) -> str:
     return f"{statistics.mean(map(statistics.mean, runs)):.3f} ({min(map(min, runs)):.3f})" if len(runs) == all else "–"
 
 
-USED = {"quantized, rounds, 10 exact steps": "what `emloc demo` does", "quantized, anchors in rounds": "what `emloc emulate` and `finetune` do"}
+USED = {"quantized, rounds, 10 exact steps": "what `emloc demo` does", "quantized, anchors in rounds": "what `emloc emulate` and `finetune` do",
+        "quantized to 0.1 in the Fisher metric, bits by gradients, rounds with new emulators": "what they do at ratio 0.1"}
 
 
 def table(found: dict, methods: list) -> str:
