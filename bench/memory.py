@@ -105,6 +105,9 @@ def embedded(bench: Bench, base):
     if "error" not in out: compare_training(bench, "embedded model", "embedded", base, bench.out / "emulator-embedded", "adapter-embedded")
     bench.drop("emulator-embedded", "adapter-embedded")
     quantized(bench, "embedded model", "embedded-quantized", base, "embedded model: stage 1, quantized")
+    few = bench.measure("embedded model: stage 1, quantized to a tenth in the Fisher metric", "embedded-few", GIB, job="emulate", model=str(base), out="emulator-few", rows=bench.sizes["rows"], length=bench.sizes["length"], form="quantized", metric="fisher", ratio=0.1)
+    if "error" not in few: compare_training(bench, "embedded model", "embedded-renewed", base, bench.out / "emulator-few", "adapter-few", "training on it in rounds, each with a new emulator", job="train_in_rounds", renew=1)
+    bench.drop("emulator-few", "adapter-few")
 
 
 def large(bench: Bench, base):

@@ -60,12 +60,12 @@ def train(emulator, out, *, steps=2, length=128, batch_size=8):
     emloc.train_adapter(emulator, texts(steps * batch_size, length), out, args=arguments(out, steps, batch_size), max_length=length)
 
 
-def train_in_rounds(emulator, out, *, length=128, batch_size=8, again=25):
-    "Stage 2 as `emloc finetune` does it: a round, the anchors of the next one when the optimizer's states are there, and three steps with them."
+def train_in_rounds(emulator, out, *, length=128, batch_size=8, again=25, renew=0):
+    "Stage 2 as `emloc finetune` does it: a round, the anchors of the next one when the optimizer's states are there (after a new emulator, with renew=1), and three steps with them."
     class Enough(TrainerCallback):
         def on_step_end(self, args, state, control, **kwargs): control.should_training_stop = state.global_step == again + 3
     emloc.train_adapter(emulator, texts(batch_size * again, length), out, args=arguments(out, 2 * again, batch_size), max_length=length,
-                        anchors=emloc.Rounds(emulator_config(emulator).base_model, again), callbacks=[Enough()])
+                        anchors=emloc.Rounds(emulator_config(emulator).base_model, again, renew=renew), callbacks=[Enough()])
 
 
 def train_whole(model, out, *, steps=2, length=128, batch_size=8):
