@@ -49,7 +49,7 @@ class Need:
 
 # %% ../nbs/40a_needs.ipynb #95724216
 TOKENIZER = 400 # bytes for a word of the vocabulary
-RUNTIME = {"step": 1.25 * 2**20, "walk": 31 * 2**20, "fisher": 85 * 2**20, "round": 27 * 2**20} # bytes besides tensors and tokenizer; a round has a walk's too
+RUNTIME = {"step": 1.25 * 2**20, "walk": 31 * 2**20, "fisher": 68 * 2**20, "round": 27 * 2**20} # bytes besides tensors and tokenizer; a round has a walk's too
 
 class Shapes:
     "A model's config, and the skeletons made from it."
@@ -144,7 +144,7 @@ def allocating(
 ) -> Need:
     "Bits by gradients: a walk forward and back, around an emulator with equal bits that is on disk until it is over."
     all, batch = s.hidden(rows, seq_len), s.hidden(batch_size, seq_len)
-    return walking(s, "1 bits by gradients", allocating_peaks(s.whole(2), batch_size, seq_len, completion, s.mapped), (s.main + 2) * all, batch, disk=s.emulator_bytes(choice), more=batch, runtime="fisher")
+    return walking(s, "1 bits by gradients", allocating_peaks(s.whole(2), batch_size, seq_len, completion, s.mapped), (s.main + 2) * all, batch, disk=s.emulator_bytes(choice), more=batch)
 
 def correcting(
     s: Shapes,

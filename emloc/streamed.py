@@ -235,7 +235,7 @@ def anchoring_peaks(
     with pretend(ledger):
         batch = fake_batch(model, batch_size, seq_len, 1)
         with on_paper(batch, model, emulated):
-            whole, small = (PaperWalk(m, ledger, batch, mapped=mapped, lent=lent) for m in (model, emulated))
+            whole, small = PaperWalk(model, ledger, batch, mapped=mapped, lent=lent), PaperWalk(emulated, ledger, batch, lent=True) # what the model's walk has
             for step in zip(whole, small):
                 for _ in residuals(*step, "bfloat16", True): pass # each batch is written as it comes
     return ledger.peaks
