@@ -105,12 +105,11 @@ def rows_of(count: int, run: dict):
     import datasets
     import torch
     torch.manual_seed(0)
-    rows, size = [], run["batch_size"]
+    rows, size, last = [], run["batch_size"], run.get("completion") or run["seq_len"] # the last positions, which may have logits
     for i in range(count):
-        last = run.get("completion") or run["seq_len"] # positions that may have logits
-        n = run["seq_len"] - min((i % size) * 3, last - 1)
+        shorter = min((i % size) * 3, last - 1)
+        n, kept = run["seq_len"] - shorter, last - shorter
         ids = torch.randint(1000, 49000, (n,)).tolist()
-        kept = last - (run["seq_len"] - n)
         rows.append({"input_ids": ids, "labels": [-100] * (n - kept) + ids[n - kept:]})
     return datasets.Dataset.from_list(rows)
 

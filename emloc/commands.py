@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 
 from .adapter import read_adapter
@@ -45,10 +46,12 @@ def settle_form(args):
 def settle_renewal(args):
     "An emulator of very few bits is made anew before every round."
     if args.renew is not None: return
-    checkpoint, bits = Checkpoint(args.emulator), emulator_config(args.emulator).bits
+    args.renew, bits = 0, emulator_config(args.emulator).bits
+    if not bits: return
+    checkpoint = Checkpoint(args.emulator)
     shapes = linear_shapes(skeleton(checkpoint))
-    kept = sum(bits[name] * entries({name: shapes[name]}) for name in bits) / 8 / checkpoint.dtype.itemsize # as entries in full
-    args.renew = int(bool(bits) and kept / entries(shapes) < FEW)
+    kept = sum(b * prod(shapes[name]) for name, b in bits.items()) / 8 / checkpoint.dtype.itemsize # as entries in full
+    args.renew = int(kept / entries(shapes) < FEW)
 
 def emulate(args) -> dict:
     "Stage 1: build the emulator of MODEL from rows of TASK."

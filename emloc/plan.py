@@ -177,10 +177,10 @@ def advise(plan: Plan, s: Shapes, settings: dict, fullest) -> list: # lines
                          + (" The Fisher metric keeps a Gram matrix for every output as well; --metric activation needs less." if need.name == "1 emulator" and plan.settings.get("metric") == "fisher" else "")
                          + (" Without --bits gradients this walk is not needed." if "bits" in need.name else ""))
             continue
-        if lines[-1].startswith("2") and any(line.startswith("2") for line in lines[:-1]): continue # what follows is about all of stage 2
+        if need is not next(n for n in plan.stages if n.name.startswith("2") and not n.fits(plan.budget)): continue # what follows is about all of stage 2
         tries = {"activation checkpointing": {"checkpointing": True}, "a batch of 1": {"batch_size": 1, "checkpointing": True},
                  f"{settings['seq_len'] // 4} tokens": {"batch_size": 1, "checkpointing": True, "seq_len": max(1, settings["seq_len"] // 4)}}
-        if need.name != "2 LoRA on the emulator" and plan.stage(2).fits(plan.budget): lines.append("  Anchors made once, before the training, need less: --anchor-again 0.")
+        if plan.stage(2).fits(plan.budget): lines.append("  Anchors made once, before the training, need less: --anchor-again 0.")
         for name, other in tries.items():
             found = fullest(plan.ratio, **other)
             if found <= plan.budget: lines.append(f"  With {name} it needs {found / 2**30:.2f} GiB and fits.")
