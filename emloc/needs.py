@@ -126,12 +126,11 @@ def building(
     metric: str = "activation", # or fisher
     completion: int | None = None, # positions of a row that have logits, for fisher
     taken: set | None = None, # forks of the decompositions that cost more; by default all
-    lent: bool = False, # what is outside the blocks is in memory anyhow
 ) -> Need:
     "Stage 1. The Fisher metric keeps what goes into every block on disk, and has gradients as large as the hidden states, which wait with them."
     fisher, batch_size = metric == "fisher", min(batch_size, rows)
     all, batch = s.hidden(rows, seq_len), s.hidden(batch_size, seq_len)
-    peaks = building_peaks(s.whole(2 if fisher else 1), choice, batch_size, seq_len, metric=metric, completion=completion, taken=taken, mapped=s.mapped, lent=lent)
+    peaks = building_peaks(s.whole(2 if fisher else 1), choice, batch_size, seq_len, metric=metric, completion=completion, taken=taken, mapped=s.mapped)
     return walking(s, "1 emulator", peaks, (1 + fisher) * all, batch, disk=s.emulator_bytes(choice) + all * (s.main + 2 if fisher else 2), more=batch if fisher else 0, runtime="fisher" if fisher else "walk")
 
 def allocating(
@@ -238,6 +237,9 @@ def between_rounds(
     "What stage 2 holds when a round begins."
     rows, size = again * settings["batch_size"], (settings["batch_size"], settings["seq_len"])
     walks = {"2 anchors of a round": anchoring(s, choice, rows, *size, every, first, lent=True)}
-    if renewed: walks["2 a new emulator"] = building(s, choice, min(max(rows, CALIBRATION), trained or rows + CALIBRATION), *size, metric=renewed, completion=settings.get("completion"), lent=True)
-    resident = Counter({k: step.parts.get(k, 0) for k in ("weights", "lora", "optimizer")}) + Counter(workspace=RUNTIME["round"])
-    return [Need(name, dict(resident + Counter(n.parts)), n.host + resident["lora"], n.moment, n.disk) for name, n in walks.items()] # the walks have copies of the LoRA in CPU memory
+    if renewed: walks["2 a new emulator"] = building(s, choice, min(max(rows, CALIBRATION), trained or rows + CALIBRATION), *size, metric=renewed, completion=settings.get("completion"))
+    beside = Counter({k: step.parts.get(k, 0) for k in ("lora", "optimizer")}) + Counter(workspace=RUNTIME["round"])
+    def need(name, walk):
+        weights = Counter(weights=0 if name == "2 a new emulator" else step.parts["weights"]) # the old one goes before the new one comes
+        return Need(name, dict(beside + weights + Counter(walk.parts)), walk.host + beside["lora"], walk.moment, walk.disk) # walks have a copy of the LoRA in CPU memory
+    return [need(name, walk) for name, walk in walks.items()]

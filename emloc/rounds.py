@@ -18,6 +18,7 @@ from .adapter import PREFIX, pairs_hash
 from .anchor import Anchors, anchored_blocks, compute_anchors
 from .data import EmlocError
 from .emulator import build_emulator
+from .freed import give_back
 from .lowrank import check_base, emulator_config
 from .model import Checkpoint, block_names, find_model, skeleton
 from .output import processes
@@ -26,7 +27,7 @@ from .walk import bare
 log = logging.getLogger(__name__)
 
 # %% auto #0
-__all__ = ['log', 'CALIBRATION', 'whole', 'live_pairs', 'same_choice', 'take_over', 'made_in', 'Rounds']
+__all__ = ['log', 'CALIBRATION', 'whole', 'live_pairs', 'same_choice', 'not_trained', 'let_go', 'take_over', 'made_in', 'Rounds']
 
 # %% ../nbs/15_rounds.ipynb #37a47497
 def whole(
@@ -52,15 +53,30 @@ def same_choice(
     size = {"form": "quantized", "bits": config.bits} if config.bits else {"ranks": config.ranks}
     return size | {"metric": config.metric, "last": last}
 
+def not_trained(
+    model: PeftModel, # an emulator with a LoRA, in memory
+    checkpoint: Checkpoint, # of an emulator with the same shapes
+) -> dict: # {name in its files: parameter}
+    "All weights but those of the LoRA. Raises `EmlocError` where each process has a part of them."
+    found = {n.replace(".base_layer.", "."): p for n, p in bare(model).named_parameters() if not p.requires_grad}
+    if any(hasattr(p, "full_tensor") for p in found.values()): raise EmlocError("the emulator is in shards (FSDP), and cannot be made anew while it trains; train without new emulators (--renew 0, or renew=0)")
+    return {n: p for n, p in found.items() if checkpoint.key(n)}
+
+def let_go(
+    model: PeftModel, # an emulator with a LoRA, in memory
+    emulator, # its directory
+):
+    "Free its weights, in place; the LoRA stays."
+    for parameter in not_trained(model, Checkpoint(emulator)).values(): parameter.data = parameter.data.new_empty(0)
+    give_back()
+
 def take_over(
     model: PeftModel, # an emulator with a LoRA, in memory
     emulator, # the directory of another with the same shapes
 ):
-    "Replace the emulated weights, in place."
-    checkpoint, config, own = Checkpoint(emulator), emulator_config(emulator), bare(model)
-    for name in config.ranks | config.bits:
-        module = own.get_submodule(name)
-        for part, parameter in getattr(module, "base_layer", module).named_parameters(): parameter.data.copy_(checkpoint.read(f"{name}.{part}"))
+    "Replace its weights, in place."
+    checkpoint = Checkpoint(emulator)
+    for name, parameter in not_trained(model, checkpoint).items(): parameter.data = checkpoint.read(name).to(parameter.data)
 
 def made_in(
     folder: Path, # of checkpoints
@@ -120,7 +136,7 @@ class Rounds(Anchors):
         return super().collator(tokenizer)
 
     def walking(self) -> dict: # options
-        "The walks use what the training has in memory."
+        "Walks use what the training has in memory."
         lent = bare(self.peft) if processes().num_processes == 1 else None
         return {"batch_size": self.rows_at_once, "tokenizer": self.tokenizer, "lent": lent} | self.walk_options
 
@@ -141,6 +157,7 @@ class Rounds(Anchors):
         "Make the anchors of a round, or open those that an interrupted run has left."
         first, pairs, team = number * self.size, live_pairs(self.peft), processes()
         rows, folder = self.rows.select(range(first, min(first + self.size, len(self.rows)))), self.folder / f"anchors-{number:05d}-{pairs_hash(pairs)}"
+        if self.renew: not_trained(self.peft, Checkpoint(self.emulator)) # or it is said only after the first round
         if self.renew and number >= self.renew: self.renewed(number, pairs)
         if team.is_main_process:
             for old in self.folder.glob("anchors-*"):
@@ -173,7 +190,9 @@ class Rounds(Anchors):
             if path is None: raise EmlocError(f"{self.folder}: the emulator of round {turn + 1} is not here any more; begin the training again from its first step")
         else:
             path = self.folder / f"emulator-{turn:05d}-{pairs_hash(pairs)}"
-            if not path.is_dir(): build_emulator(self.model, self.coming(number), path, lora=pairs, **same_choice(self.emulator), **self.walking())
+            if not path.is_dir():
+                let_go(self.peft, self.emulator)
+                build_emulator(self.model, self.coming(number), path, lora=pairs, **same_choice(self.emulator), **self.walking() | {"lent": None})
         if path != self.emulator: take_over(self.peft, path)
         self.emulator = path
 

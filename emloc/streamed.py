@@ -193,9 +193,8 @@ def building_peaks(
     metric: str = "activation", # or fisher
     completion: int | None = None, # positions of a row that have logits, for fisher; by default all
     taken: set | None = None, # {(what, name of a weight in any block)} of forks that cost more; by default all
-    mapped: bool = False, # these two as in `PaperWalk`
-    lent: bool = False,
-) -> dict: # {moment: {kind: bytes}}; kind `waiting` is in CPU memory, `lent` is another's
+    mapped: bool = False, # as in `PaperWalk`
+) -> dict: # {moment: {kind: bytes}}; kind `waiting` is in CPU memory
     "Stage 1: the largest state while a block runs and while a weight is factorised or rounded; for the Fisher metric also at the loss."
     ledger, config = book(model, batch_size, seq_len, "a block runs"), chosen(choice)
     costly = taken and {(what, kind(name)) for what, name in taken}
@@ -211,7 +210,7 @@ def building_peaks(
     with pretend(ledger), forks(decide):
         batch = fake_batch(model, batch_size, seq_len, completion)
         with on_paper(batch, model), mock.patch("emloc.rounding.waves", first_waves), mock.patch.multiple("emloc.emulator", load_file=lambda _: {f"0.{i}": h for i, h in enumerate(walk.waiting())}, save_file=nothing, loss_gradient=waiting_gradients(ledger)):
-            walk = PaperWalk(model, ledger, batch, mapped=mapped, lent=lent)
+            walk = PaperWalk(model, ledger, batch, mapped=mapped)
             run = SimpleNamespace(done={}, blocks=lambda label, walk: walk, counted=lambda label, left, total: left, file=lambda *_: SimpleNamespace(unlink=nothing), mark=nothing)
             if metric == "fisher":
                 for step in walk: step.run()
@@ -229,7 +228,7 @@ def anchoring_peaks(
     seq_len: int, # tokens
     mapped: bool = False, # these two as in `PaperWalk`
     lent: bool = False,
-) -> dict: # {moment: {kind: bytes}}; the same kinds
+) -> dict: # {moment: {kind: bytes}}; the same kinds, and `lent`, which is another's
     "A step of `compute_anchors`."
     ledger = book(model, batch_size, seq_len, "a block runs")
     with pretend(ledger):

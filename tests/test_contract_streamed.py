@@ -109,7 +109,8 @@ def test_between_rounds_a_training_waits_beside_the_walks(llama):
     assert [n for n in renewed if n not in once] == names and [n for n in usual if n not in once] == names[:1]
     step = once["2 LoRA on the emulator"]
     for need in (renewed[n] for n in names):
-        assert need.parts["weights"] > step.parts["weights"] and all(need.parts[k] >= step.parts[k] for k in ("lora", "optimizer")) and need.host > step.parts["lora"]
+        assert all(need.parts[k] >= step.parts[k] for k in ("lora", "optimizer")) and need.host > step.parts["lora"]
+    assert renewed[names[0]].parts["weights"] > step.parts["weights"] and renewed[names[1]].parts["weights"] == once["1 emulator"].parts["weights"] # the old emulator is gone when the new one is made
     assert plan(again=50)[names[0]].disk == 2 * usual[names[0]].disk
     with pytest.raises(EmlocError, match="rounds of -1"): plan(again=-1)
 
