@@ -30,8 +30,8 @@ from .rank import by_spectrum, check_ratio, entries
 from .rounds import Rounds
 
 # %% auto #0
-__all__ = ['FEW', 'settle_form', 'settle_renewal', 'emulate', 'finetune', 'fitting', 'plan', 'anchored_rows', 'anchor',
-           'parse_pattern', 'correct', 'polish', 'merge', 'evaluate', 'compare', 'demo']
+__all__ = ['FEW', 'settle_form', 'settled_plan', 'settle_renewal', 'emulate', 'finetune', 'fitting', 'plan', 'anchored_rows',
+           'anchor', 'parse_pattern', 'correct', 'polish', 'merge', 'evaluate', 'compare', 'demo']
 
 # %% ../nbs/70_commands.ipynb #ba58c645
 FEW = 0.15 # a ratio below which rounding needs all the help there is
@@ -42,6 +42,25 @@ def settle_form(args):
     few = args.form == "quantized" and args.ratio is not None and args.ratio < FEW
     args.metric, args.bits = args.metric or ("fisher" if args.form == "lowrank" or few else "activation"), args.bits or ("gradients" if few else "even")
     if getattr(args, "renew", 0) is None: args.renew = int(few)
+
+def settled_plan(
+    args, # model, budget, ratio, rows, last_blocks, and what `settle_form` settles; that is changed
+    **more, # for `plan_memory`
+) -> Plan:
+    "The plan for an emulator as it is made unless told otherwise: where the budget leaves one of very few bits, for such a one, made anew in training if that fits too."
+    given = {"renew": None} | vars(args)
+    vars(args).update(given)
+    def ask(): return plan_memory(args.model, budget=args.budget, ratio=given["ratio"], rows=args.rows, metric=args.metric, form=args.form, bits=args.bits, renew=args.renew, last=args.last_blocks, **more)
+    settle_form(args)
+    found = ask()
+    if not args.budget or found.ratio >= FEW: return found
+    vars(args).update(given, ratio=found.ratio)
+    settle_form(args)
+    found = ask()
+    if not found.fits and given["renew"] is None and args.renew:
+        args.renew = 0
+        return ask()
+    return found
 
 def settle_renewal(args):
     "An emulator of very few bits is made anew before every round."
@@ -55,12 +74,12 @@ def settle_renewal(args):
 
 def emulate(args) -> dict:
     "Stage 1: build the emulator of MODEL from rows of TASK."
-    settle_form(args)
     if args.budget and args.ratio: raise EmlocError("give either a ratio or a budget, and not both")
-    if args.bits != "even" and args.form != "quantized": raise EmlocError("bits by gradients are for quantized emulators; leave out --form lowrank and --ranks spectrum, or --bits")
-    if args.last_blocks and args.ranks == "spectrum": raise EmlocError("ranks by spectrum are chosen over all blocks; leave out --last-blocks, or --ranks")
     if args.budget and args.ranks == "spectrum": raise EmlocError("a budget gives every weight the same ratio; for ranks by spectrum give that ratio")
     fitted = fitting(args) if args.budget else None
+    settle_form(args) # what no budget has settled
+    if args.bits != "even" and args.form != "quantized": raise EmlocError("bits by gradients are for quantized emulators; leave out --form lowrank and --ranks spectrum, or --bits")
+    if args.last_blocks and args.ranks == "spectrum": raise EmlocError("ranks by spectrum are chosen over all blocks; leave out --last-blocks, or --ranks")
     args.ratio = fitted.ratio if fitted else check_ratio(0.25 if args.ratio is None else args.ratio)
     check_out(args.out)
     with processes().main_process_first(): whole, task = Checkpoint(find_model(args.model)), load_task(args.task) # so that one process fetches them
@@ -94,17 +113,16 @@ def finetune(args) -> dict:
 
 def fitting(args) -> Plan:
     "The plan for a budget. Raises `EmlocError` when nothing fits."
-    found = plan_memory(args.model, budget=args.budget, batch_size=args.train_batch, seq_len=args.max_length, rows=args.rows, walk_batch=args.batch_size, metric=args.metric, form=args.form, bits=args.bits, last=args.last_blocks)
+    found = settled_plan(args, batch_size=args.train_batch, seq_len=args.max_length, walk_batch=args.batch_size)
     if not found.fits: raise EmlocError(" ".join(line.strip() for line in found.advice))
-    print(f"the largest ratio that fits {args.budget} is {found.ratio:.3f}: training {args.train_batch} rows of {args.max_length} tokens will need {found.stage(2).peak / 2**30:.2f} GiB")
+    alone = "; train with --renew 0, a new emulator in every round would not fit" if found.ratio < FEW and args.form == "quantized" and not args.renew else ""
+    print(f"the largest ratio that fits {args.budget} is {found.ratio:.3f}: training {args.train_batch} rows of {args.max_length} tokens will need {found.fullest(2).peak / 2**30:.2f} GiB{alone}")
     return found
 
 def plan(args) -> dict:
     "What each stage on MODEL will need, from its config alone, and the ranks that fit."
-    settle_form(args)
-    found = plan_memory(args.model, budget=args.budget, ratio=args.ratio, batch_size=args.batch_size, seq_len=args.seq_len, completion=args.completion,
-                        checkpointing=not args.no_checkpointing, lora=lora_config(args.rank), rows=args.rows, walk_batch=args.walk_batch,
-                        metric=args.metric, form=args.form, bits=args.bits, train_rows=args.train_rows, anchor_every=args.anchor_every, again=args.anchor_again, renew=args.renew, last=args.last_blocks)
+    found = settled_plan(args, batch_size=args.batch_size, seq_len=args.seq_len, completion=args.completion, checkpointing=not args.no_checkpointing, lora=lora_config(args.rank), walk_batch=args.walk_batch,
+                         train_rows=args.train_rows, anchor_every=args.anchor_every, again=args.anchor_again)
     print(found)
     return found.report()
 

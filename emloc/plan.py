@@ -57,6 +57,7 @@ class Plan:
     def fits(self) -> bool: return all(s.fits(self.budget) for s in self.stages)
 
     def stage(self, number: int) -> Need: return next(s for s in self.stages if s.name.startswith(str(number))) # the first of that number
+    def fullest(self, number: int) -> Need: return max((s for s in self.stages if s.name.startswith(str(number))), key=lambda s: s.peak) # of those of that number
 
     def report(self) -> dict: # as JSON can hold it
         needs = lambda which: [n.report(self.budget) for n in which]
@@ -180,7 +181,8 @@ def advise(plan: Plan, s: Shapes, settings: dict, fullest) -> list: # lines
         if need is not next(n for n in plan.stages if n.name.startswith("2") and not n.fits(plan.budget)): continue # what follows is about all of stage 2
         tries = {"activation checkpointing": {"checkpointing": True}, "a batch of 1": {"batch_size": 1, "checkpointing": True},
                  f"{settings['seq_len'] // 4} tokens": {"batch_size": 1, "checkpointing": True, "seq_len": max(1, settings["seq_len"] // 4)}}
-        if plan.stage(2).fits(plan.budget): lines.append("  Anchors made once, before the training, need less: --anchor-again 0.")
+        if need.name == "2 a new emulator": lines.append("  One emulator for all rounds needs less: --renew 0.")
+        elif plan.stage(2).fits(plan.budget): lines.append("  Anchors made once, before the training, need less: --anchor-again 0.")
         for name, other in tries.items():
             found = fullest(plan.ratio, **other)
             if found <= plan.budget: lines.append(f"  With {name} it needs {found / 2**30:.2f} GiB and fits.")

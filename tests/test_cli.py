@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from emloc import commands
 from emloc.cli import main
 from emloc.commands import settle_renewal
 from emloc.emulator import build_emulator
@@ -130,6 +131,20 @@ def test_a_budget_and_bits_by_gradients_go_together(rows, llama, tmp_path, capsy
     assert "the largest ratio that fits 512MiB" in capsys.readouterr().out and {p.name for p in tmp_path.iterdir()} == {"emulator"}
     assert main(["plan", str(llama), "--ratio", "0.15", "--bits", "gradients", "--seq-len", "64"]) == 0
     assert "bits by gradients" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("left, said, largest, settled", [ # the ratio that a budget leaves; what was asked for; of new emulators and of one, what fits
+    (0.2, {}, {1: 0.2, 0: 0.2}, ("activation", "even", 0)), (0.12, {}, {1: 0.1, 0: 0.11}, ("fisher", "gradients", 1)), (0.12, {}, {1: None, 0: 0.11}, ("fisher", "gradients", 0)),
+    (0.12, {"metric": "activation", "renew": 2}, {2: 0.1, 0: 0.11}, ("activation", "gradients", 2)), (0.12, {"form": "lowrank"}, {1: 0.1, 0: 0.12}, ("fisher", "even", 0))])
+def test_a_budget_that_leaves_few_bits_plans_for_what_they_get(left, said, largest, settled, monkeypatch):
+    def planned(model, *, renew, metric, ratio, **_):
+        assert ratio is None
+        found = left if (metric, renew) == ("activation", 0) else largest[renew]
+        return SimpleNamespace(fits=found is not None, ratio=found or 0.25)
+    monkeypatch.setattr(commands, "plan_memory", planned)
+    args = SimpleNamespace(**{"model": "m", "budget": "1GiB", "ratio": None, "rows": 4, "last_blocks": None, "form": None, "metric": None, "bits": None} | said)
+    found = commands.settled_plan(args)
+    assert found.fits and found.ratio == largest[args.renew] and (args.metric, args.bits, args.renew) == settled
 
 
 def test_new_emulators_are_for_rounds(stages, rows, tmp_path, capsys):

@@ -133,9 +133,8 @@ def test_it_is_planned(llama, task, tmp_path):
     plan, all = plan_memory(llama, ratio=0.1, last=1, **options), plan_memory(llama, ratio=0.3, **options)
     assert plan.emulator_bytes == Checkpoint(build(llama, task, tmp_path / "emulator")).nbytes < all.emulator_bytes
     assert plan.stage(2).peak < all.stage(2).peak and plan.options[0].disk < all.options[0].disk
-    fullest = lambda plan: max(s.peak for s in plan.stages if s.name[0] == "2")
-    fitted = plan_memory(llama, budget=fullest(plan) + 2000, last=1, **options)
-    assert 0.1 <= fitted.ratio < 1 / 3 and fullest(fitted) <= fitted.budget
+    fitted = plan_memory(llama, budget=plan.fullest(2).peak + 2000, last=1, **options)
+    assert 0.1 <= fitted.ratio < 1 / 3 and fitted.fullest(2).peak <= fitted.budget
     with pytest.raises(EmlocError, match="more than the last 1"): plan_memory(llama, ratio=0.5, last=1)
 
 
