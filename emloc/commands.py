@@ -53,7 +53,7 @@ def settled_plan(
     def ask(): return plan_memory(args.model, budget=args.budget, ratio=given["ratio"], rows=args.rows, metric=args.metric, form=args.form, bits=args.bits, renew=args.renew, last=args.last_blocks, **more)
     settle_form(args)
     found = ask()
-    if not args.budget or found.ratio >= FEW: return found
+    if given["ratio"] is not None or args.form != "quantized" or found.ratio >= FEW: return found
     vars(args).update(given, ratio=found.ratio)
     settle_form(args)
     found = ask()
