@@ -24,8 +24,8 @@ from .packed import PER_BYTE, bits_of, gaussian_levels, overhead
 from .walk import Step, Walk
 
 # %% auto #0
-__all__ = ['BITS', 'ROWS', 'TOGETHER', 'OneOff', 'errors_in', 'blame', 'gradient_errors', 'rung_error', 'rounding_error',
-           'allocate_bits', 'build_allocated', 'builder']
+__all__ = ['BITS', 'ROWS', 'TOGETHER', 'FEW', 'OneOff', 'errors_in', 'blame', 'gradient_errors', 'rung_error', 'rounding_error',
+           'allocate_bits', 'build_allocated', 'usual', 'builder']
 
 # %% ../nbs/12b_allocation.ipynb #ded8ccbd
 class OneOff:
@@ -201,6 +201,16 @@ def build_allocated(
         note.unlink()
     team.wait_for_everyone()
     return out
+
+FEW = 0.15 # a ratio below which rounding needs all the help there is
+
+def usual(
+    form: str, # of the emulator
+    ratio: float | None, # None: not a small one
+) -> dict: # metric and bits of the emulator, and how many rounds of training have the same one (renew; 0: all)
+    "What an emulator gets unless told otherwise. Factors keep what the loss hears, and so do weights in very few bits, which go where the gradients need them, and which are rounded anew before every round."
+    few = form == "quantized" and ratio is not None and ratio < FEW
+    return {"metric": "fisher" if form == "lowrank" or few else "activation", "bits": "gradients" if few else "even", "renew": int(few)}
 
 def builder(
     form: str, # of the emulator

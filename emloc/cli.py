@@ -107,7 +107,7 @@ def parser() -> Parser:
     c = options(sub, "demo", demo, [], "emloc-demo", walk=False)
     c.add_argument("--reference", action="store_true", help="also train LoRA on the whole model, to compare with")
     c.add_argument("--paper", action="store_true", help="the paper's way: activation-aware factors, no anchors, every correction")
-    c.add_argument("--ratio", type=float, default=0.25, help="of the emulator, in (0, 1]")
+    c.add_argument("--ratio", type=float, default=0.25, help="of the emulator, in (0, 1]; below 0.15 it is made anew before every round, and all takes several times as long")
     c.add_argument("--rows", type=int, default=300, help="test articles to score on")
     c.add_argument("--steps", type=int, default=150, help="of training")
     c = options(sub, "plan", plan, ["model"], walk=False)

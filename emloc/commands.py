@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 
 from .adapter import read_adapter
-from .allocation import builder
+from .allocation import FEW, builder, usual
 from .anchor import Anchors, compute_anchors
 from .compare import METHODS, Comparison, Setting
 from .correct import correct_adapter
@@ -30,18 +30,15 @@ from .rank import by_spectrum, check_ratio, entries
 from .rounds import Rounds
 
 # %% auto #0
-__all__ = ['FEW', 'settle_form', 'settled_plan', 'settle_renewal', 'emulate', 'finetune', 'fitting', 'plan', 'anchored_rows',
-           'anchor', 'parse_pattern', 'correct', 'polish', 'merge', 'evaluate', 'compare', 'demo']
+__all__ = ['settle_form', 'settled_plan', 'settle_renewal', 'emulate', 'finetune', 'fitting', 'plan', 'anchored_rows', 'anchor',
+           'parse_pattern', 'correct', 'polish', 'merge', 'evaluate', 'compare', 'demo']
 
 # %% ../nbs/70_commands.ipynb #ba58c645
-FEW = 0.15 # a ratio below which rounding needs all the help there is
-
 def settle_form(args):
-    "Weights in few bits, unless ranks by spectrum say that factors are meant. Those keep what the loss hears, and so do weights in very few bits, which go where the gradients need them."
+    "Weights in few bits, unless ranks by spectrum say that factors are meant; what else was left out is as usual."
     args.form = args.form or ("lowrank" if getattr(args, "ranks", "uniform") == "spectrum" else "quantized")
-    few = args.form == "quantized" and args.ratio is not None and args.ratio < FEW
-    args.metric, args.bits = args.metric or ("fisher" if args.form == "lowrank" or few else "activation"), args.bits or ("gradients" if few else "even")
-    if getattr(args, "renew", 0) is None: args.renew = int(few)
+    for name, value in usual(args.form, args.ratio).items():
+        if getattr(args, name, value) is None: setattr(args, name, value)
 
 def settled_plan(
     args, # model, budget, ratio, rows, last_blocks, and what `settle_form` settles; that is changed

@@ -13,9 +13,9 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import torch
 
+from .allocation import builder, usual
 from .correct import MODES, correct_adapter
 from .data import Task, load_task
-from .emulator import build_emulator
 from .evaluate import evaluate_task
 from .explore import score_figure
 from .finetune import train_adapter, train_on_model, training_args
@@ -106,10 +106,10 @@ class Demo:
         self.save()
         self.say(f"{name}: accuracy {row['accuracy']:.3f}, NLL {row['nll']:.3f}")
 
-    def emulate(self, ratio: float, form: str, seed: int) -> Path:
+    def emulate(self, ratio: float, form: str, seed: int, *, metric: str, bits: str) -> Path:
         "Stage 1."
         calibration = self.task.calibration(256, seed)
-        path = self.stage(f"1 emulator (ratio {ratio:g})", self.out / "emulator", lambda path: build_emulator("default", calibration, path, ratio=ratio, form=form))
+        path = self.stage(f"1 emulator (ratio {ratio:g})", self.out / "emulator", lambda path: builder(form, bits)("default", calibration, path, ratio=ratio, metric=metric))
         self.report.model_bytes, self.report.model_parameters = weight_bytes(self.model)
         self.report.emulator_bytes, self.report.emulator_parameters = weight_bytes(path)
         if form == "quantized": self.report.emulator_parameters = self.report.model_parameters # in fewer bits
@@ -165,8 +165,10 @@ def run_demo(
     demo = Demo(out, load_task("bbc"), modes=MODES if paper else ("none",), rows=rows, say=say)
     demo.begin({"model": str(demo.model), "task": "bbc", "ratio": ratio, "rows": rows, "seed": seed, "steps": steps, "polish": polish, "paper": paper, "threads": torch.get_num_threads()})
     demo.score("model untouched", demo.model)
-    emulator = demo.emulate(ratio, "lowrank" if paper else "quantized", seed)
-    raw = demo.finetune(emulator, None if paper else Rounds(demo.model), steps=steps, seed=seed)
+    form, own = ("lowrank", {"metric": "activation", "bits": "even"}) if paper else ("quantized", usual("quantized", ratio))
+    anchors = None if paper else Rounds(demo.model, renew=own.pop("renew"))
+    emulator = demo.emulate(ratio, form, seed, **own)
+    raw = demo.finetune(emulator, anchors, steps=steps, seed=seed)
     if paper: demo.score("emulator with LoRA", emulator, raw)
     for mode in demo.modes: demo.score(f"model, LoRA corrected: {mode}" if paper else "model with the LoRA", demo.model, demo.correct(emulator, raw, mode))
     demo.score("model, LoRA polished", demo.model, demo.polish(demo.out / "adapter", polish, seed))

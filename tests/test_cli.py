@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from emloc import commands
+from emloc import commands, demo
 from emloc.cli import main
 from emloc.commands import settle_renewal
 from emloc.emulator import build_emulator
@@ -145,6 +145,22 @@ def test_a_budget_that_leaves_few_bits_plans_for_what_they_get(left, said, large
     args = SimpleNamespace(**{"model": "m", "budget": "1GiB", "ratio": None, "rows": 4, "last_blocks": None, "form": None, "metric": None, "bits": None} | said)
     found = commands.settled_plan(args)
     assert found.fits and found.ratio == largest[args.renew] and (args.metric, args.bits, args.renew) == settled
+
+
+@pytest.mark.parametrize("ratio, paper, wanted", [(0.25, False, ("quantized", "even", "activation", 0)), (0.1, False, ("quantized", "gradients", "fisher", 1)), (0.1, True, ("lowrank", "even", "activation", None))])
+def test_a_demo_of_few_bits_does_what_the_commands_do(ratio, paper, wanted, tmp_path, monkeypatch):
+    class Enough(Exception): pass
+    seen = []
+    def built(form, bits): return lambda model, calibration, path, *, ratio, metric: seen.extend([form, bits, metric])
+    def trained(emulator, rows, path, *, args, anchors):
+        seen.append(anchors and anchors.renew)
+        raise Enough
+    monkeypatch.setattr(demo, "builder", built)
+    monkeypatch.setattr(demo, "train_adapter", trained)
+    monkeypatch.setattr(demo, "weight_bytes", lambda path: (1, 1))
+    monkeypatch.setattr(demo, "evaluate_task", lambda *_, **__: {"accuracy": 0.5, "nll": 1.0})
+    with pytest.raises(Enough): demo.run_demo(tmp_path / "demo", ratio=ratio, paper=paper, say=lambda *_: None)
+    assert tuple(seen) == wanted
 
 
 def test_new_emulators_are_for_rounds(stages, rows, tmp_path, capsys):
