@@ -242,4 +242,7 @@ def between_rounds(
     def need(name, walk):
         weights = Counter(weights=0 if name == "2 a new emulator" else step.parts["weights"]) # the old one goes before the new one comes
         return Need(name, dict(beside + weights + Counter(walk.parts)), walk.host + beside["lora"], walk.moment, walk.disk) # walks have a copy of the LoRA in CPU memory
-    return [need(name, walk) for name, walk in walks.items()]
+    found = [need(name, walk) for name, walk in walks.items()]
+    if not renewed: return found
+    kept = Counter(workspace=RUNTIME["fisher" if renewed == "fisher" else "walk"] + RUNTIME["round"]) # what libraries have taken for stage 1 they keep
+    return [*found, Need("2 LoRA on the new emulator", dict(kept + Counter(step.parts)), step.host, step.moment, step.disk)]

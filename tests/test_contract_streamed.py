@@ -105,12 +105,13 @@ def test_a_mapped_embedding_is_away_while_weights_are_made():
 def test_between_rounds_a_training_waits_beside_the_walks(llama):
     plan = lambda **more: {s.name: s for s in plan_memory(llama, ratio=0.15, batch_size=2, seq_len=24, form="quantized", **more).stages}
     usual, renewed, once = plan(), plan(renew=True), plan(again=0)
-    names = ["2 anchors of a round", "2 a new emulator"]
+    names = ["2 anchors of a round", "2 a new emulator", "2 LoRA on the new emulator"]
     assert [n for n in renewed if n not in once] == names and [n for n in usual if n not in once] == names[:1]
     step = once["2 LoRA on the emulator"]
-    for need in (renewed[n] for n in names):
+    for need in (renewed[n] for n in names[:2]):
         assert all(need.parts[k] >= step.parts[k] for k in ("lora", "optimizer")) and need.host > step.parts["lora"]
     assert renewed[names[0]].parts["weights"] > step.parts["weights"] and renewed[names[1]].parts["weights"] == once["1 emulator"].parts["weights"] # the old emulator is gone when the new one is made
+    assert renewed[names[2]].parts["workspace"] > step.parts["workspace"] and {**renewed[names[2]].parts, "workspace": 0} == {**step.parts, "workspace": 0}
     assert plan(again=50)[names[0]].disk == 2 * usual[names[0]].disk
     with pytest.raises(EmlocError, match="rounds of -1"): plan(again=-1)
 
