@@ -10,7 +10,7 @@ from math import prod
 from pathlib import Path
 
 from .adapter import read_adapter
-from .allocation import FEW, builder, usual
+from .allocation import builder, usual
 from .anchor import Anchors, compute_anchors
 from .compare import METHODS, Comparison, Setting
 from .correct import correct_adapter
@@ -50,7 +50,7 @@ def settled_plan(
     def ask(): return plan_memory(args.model, budget=args.budget, ratio=given["ratio"], rows=args.rows, metric=args.metric, form=args.form, bits=args.bits, renew=args.renew, last=args.last_blocks, **more)
     settle_form(args)
     found = ask()
-    if given["ratio"] is not None or args.form != "quantized" or found.ratio >= FEW: return found
+    if given["ratio"] is not None or usual(args.form, found.ratio) == usual(args.form, None): return found
     vars(args).update(given, ratio=found.ratio)
     settle_form(args)
     found = ask()
@@ -67,7 +67,7 @@ def settle_renewal(args):
     checkpoint = Checkpoint(args.emulator)
     shapes = linear_shapes(skeleton(checkpoint))
     kept = sum(b * prod(shapes[name]) for name, b in bits.items()) / 8 / checkpoint.dtype.itemsize # as entries in full
-    args.renew = int(kept / entries(shapes) < FEW)
+    args.renew = usual("quantized", kept / entries(shapes))["renew"]
 
 def emulate(args) -> dict:
     "Stage 1: build the emulator of MODEL from rows of TASK."
@@ -112,7 +112,7 @@ def fitting(args) -> Plan:
     "The plan for a budget. Raises `EmlocError` when nothing fits."
     found = settled_plan(args, batch_size=args.train_batch, seq_len=args.max_length, walk_batch=args.batch_size)
     if not found.fits: raise EmlocError(" ".join(line.strip() for line in found.advice))
-    alone = "; train with --renew 0, a new emulator in every round would not fit" if found.ratio < FEW and args.form == "quantized" and not args.renew else ""
+    alone = "; train with --renew 0, a new emulator in every round would not fit" if usual(args.form, found.ratio)["renew"] and not args.renew else ""
     print(f"the largest ratio that fits {args.budget} is {found.ratio:.3f}: training {args.train_batch} rows of {args.max_length} tokens will need {found.fullest(2).peak / 2**30:.2f} GiB{alone}")
     return found
 

@@ -236,13 +236,10 @@ def between_rounds(
 ) -> list: # Needs
     "What stage 2 holds when a round begins."
     rows, size = again * settings["batch_size"], (settings["batch_size"], settings["seq_len"])
-    walks = {"2 anchors of a round": anchoring(s, choice, rows, *size, every, first, lent=True)}
-    if renewed: walks["2 a new emulator"] = building(s, choice, min(max(rows, CALIBRATION), trained or rows + CALIBRATION), *size, metric=renewed, completion=settings.get("completion"))
     beside = Counter({k: step.parts.get(k, 0) for k in ("lora", "optimizer")}) + Counter(workspace=RUNTIME["round"])
-    def need(name, walk):
-        weights = Counter(weights=0 if name == "2 a new emulator" else step.parts["weights"]) # the old one goes before the new one comes
-        return Need(name, dict(beside + weights + Counter(walk.parts)), walk.host + beside["lora"], walk.moment, walk.disk) # walks have a copy of the LoRA in CPU memory
-    found = [need(name, walk) for name, walk in walks.items()]
+    def need(name, beside, walk): return Need(name, dict(beside + Counter(walk.parts)), walk.host + beside["lora"], walk.moment, walk.disk) # walks have a copy of the LoRA in CPU memory
+    found = [need("2 anchors of a round", beside + Counter(weights=step.parts["weights"]), anchoring(s, choice, rows, *size, every, first, lent=True))]
     if not renewed: return found
+    new = building(s, choice, min(max(rows, CALIBRATION), trained or rows + CALIBRATION), *size, metric=renewed, completion=settings.get("completion")) # the old one goes first
     kept = Counter(workspace=RUNTIME["fisher" if renewed == "fisher" else "walk"] + RUNTIME["round"]) # what libraries have taken for stage 1 they keep
-    return [*found, Need("2 LoRA on the new emulator", dict(kept + Counter(step.parts)), step.host, step.moment, step.disk)]
+    return [*found, need("2 a new emulator", beside, new), Need("2 LoRA on the new emulator", dict(kept + Counter(step.parts)), step.host, step.moment, step.disk)]

@@ -157,7 +157,7 @@ class Rounds(Anchors):
         "Make the anchors of a round, or open those that an interrupted run has left."
         first, pairs, team = number * self.size, live_pairs(self.peft), processes()
         rows, folder = self.rows.select(range(first, min(first + self.size, len(self.rows)))), self.folder / f"anchors-{number:05d}-{pairs_hash(pairs)}"
-        if self.renew: not_trained(self.peft, Checkpoint(self.emulator)) # or it is said only after the first round
+        if self.renew and self.now is None: not_trained(self.peft, Checkpoint(self.emulator)) # or it is said only after the first round
         if self.renew and number >= self.renew: self.renewed(number, pairs)
         if team.is_main_process:
             for old in self.folder.glob("anchors-*"):
